@@ -1,0 +1,36 @@
+"Settings that must stand before torch is imported, and what several test files share."
+import os
+import shutil
+from pathlib import Path
+
+# Workers run side by side: one thread each. Nothing may ask a network; figures need no screen; Triton interprets without a GPU.
+FIXED = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', MPLBACKEND='Agg', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1')
+for name, value in FIXED.items(): os.environ.setdefault(name, value)
+if not shutil.which('nvidia-smi'): os.environ.setdefault('TRITON_INTERPRET', '1')
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    "The project's folder."
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def data() -> Path:
+    "The folder of real data and weights, or a skip that says how to get them."
+    named = os.environ.get('SPARSE_WORKBENCH_DATA')
+    folder = Path(named) if named else ROOT.parent / 'shared' / 'data'
+    if named and not folder.is_dir(): pytest.fail(f'SPARSE_WORKBENCH_DATA={named} is not a folder', pytrace=False)
+    if not folder.is_dir(): pytest.skip('no real data: set SPARSE_WORKBENCH_DATA to its folder, or put it in ../shared/data')
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    "Notebooks first, the longest files early, so that no worker ends alone; browser tests share one server in one worker."
+    items.sort(key=lambda i: not i.nodeid.startswith('tests/test_nbs.py'))
+    for i in items:
+        if 'tests/ui/' in i.nodeid: i.add_marker(pytest.mark.xdist_group('ui'))
