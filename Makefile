@@ -15,6 +15,8 @@ READY := $(VENV)/.ready
 NEED = @:
 endif
 
+BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+
 .DEFAULT_GOAL := help
 .PHONY: help run lab test docs export hooks clean
 
@@ -55,7 +57,7 @@ docs: $(READY)
 	$(NEED) docs
 	@echo 'docs: turns the notebooks with their stored outputs into pages, so that method, picture and number stand together'
 	@$(PY) tools/nb2md.py
-	@$(PY) -m zensical build -c -f _site.yml
+	@$(PY) -m zensical build --clean --strict -f _site.yml
 	@echo 'open _docs/index.html'
 
 export: $(READY)
@@ -66,8 +68,9 @@ export: $(READY)
 hooks: $(READY)
 	$(NEED) export
 	@echo 'hooks: git merges notebooks cell by cell, Jupyter saves them clean (writes .gitconfig, .git/hooks and ~/.jupyter)'
-	@PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -c 'from nbdev.clean import nbdev_install_hooks; nbdev_install_hooks()'
-	@sed -i.bak 's#nbdev_merge#$(abspath $(dir $(PY)))/nbdev_merge#' .gitconfig && rm .gitconfig.bak
+	@$(PY) -c 'from nbdev.clean import nbdev_install_hooks; nbdev_install_hooks()'
+	@sed -i.bak 's#nbdev_\(merge\|trust\)#$(BIN)/&#' .gitconfig "$$(git rev-parse --git-path hooks)/post-merge"
+	@rm -f .gitconfig.bak "$$(git rev-parse --git-path hooks)/post-merge.bak"
 
 clean:
 	@echo 'clean: removes generated pages, caches and build files; keeps runs/ (results) and .venv/ (installed packages)'

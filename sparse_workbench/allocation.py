@@ -64,12 +64,14 @@ class Ranking(dict):
     "Sparsity by name, and in `.cuts` where the global threshold lies in each site: its value, and how many equal to it stay."
     cuts: dict[str, tuple[float, int]]
 
-def tiling(s: Site, p: Pattern) -> tuple[int, int]: # (number of tiles, weights in one)
+def tiling(s: Site, p: Pattern) -> tuple[int, int]:
+    "Number of tiles of a site, and weights in one."
     g = geometry(p, tuple(s.shape))
     kernel = s.numel // max(1, s.shape[0] * s.shape[1])
     return g.nr * g.k * g.nc, g.r * g.c * (kernel if p.layout == 'kernel' else 1)
 
-def score_dtype(sites: Sequence[Site], p: Pattern, score: Score) -> torch.dtype: # one that holds every score exactly
+def score_dtype(sites: Sequence[Site], p: Pattern, score: Score) -> torch.dtype:
+    "A dtype that holds every score exactly."
     ds = [score(next(slabs(s, weights=1))).dtype if getattr(score, 'rowwise', False) else torch.float32 for s in sites]
     ds += [torch.float32] * any(tiling(s, p)[1] > 1 for s in sites) + [s.weight.dtype for s in sites] * (not getattr(score, 'rowwise', False))
     for d in ds: ds[0] = torch.promote_types(ds[0], d)

@@ -21,7 +21,8 @@ from .execute import (RESERVED, RunFailed, UsageError, experiments, find, fit, h
 from .runs import Run, cell_text, failed, results, stored, version
 
 # %% ../nbs/api/72_cli.ipynb #5e15b869
-def read_yaml(text: str) -> Any: # the value that YAML reads, with 1e-3 as a number
+def read_yaml(text: str) -> Any:
+    "The value that YAML reads, with 1e-3 as a number."
     import yaml
     class Loader(yaml.SafeLoader): pass
     number = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$')
@@ -76,7 +77,8 @@ def text_table(rows: list[dict] # flat rows
     return '\n'.join('  '.join(line).rstrip() for line in zip(*columns, strict=True))
 
 # %% ../nbs/api/72_cli.ipynb #fa0577e5
-def answer_text(r: Run) -> str: # what `sparse-workbench run` prints
+def answer_text(r: Run) -> str:
+    "What `sparse-workbench run` prints."
     table, summary = r.result.get('table'), r.result.get('summary')
     lines = [r.title] + [f'  {shown(p)}' for p in (r.path, r.path/'report.html') if p.exists()]
     if isinstance(table, list) and table and all(isinstance(row, dict) for row in table): lines += ['', text_table(table)]
@@ -84,13 +86,15 @@ def answer_text(r: Run) -> str: # what `sparse-workbench run` prints
     if summary: lines += ['', *map(str, summary if isinstance(summary, list) else [summary])]
     return '\n'.join(lines)
 
-def experiment_text(path: Path) -> str: # name, what it asks, and its parameters
+def experiment_text(path: Path) -> str:
+    "Name, what it asks, and its parameters."
     title, subtitle = heading(read_notebook(path))
     rows = [dict(name=f'  {p.name}', kind=p.kind, default=repr(p.default), help=p.help) for p in parameters(path).values()]
     return '\n'.join([f'{path.stem}: {subtitle or title or "no title"}', *text_table(rows).splitlines()[1:]])
 
 # %% ../nbs/api/72_cli.ipynb #f5e2434b
-def list_command(args: argparse.Namespace) -> None: # shows experiments and what they can be asked
+def list_command(args: argparse.Namespace) -> None:
+    "Shows experiments and what they can be asked."
     paths = [find(args.notebook)] if args.notebook else list(experiments().values())
     if not paths: raise UsageError('no folder nbs/experiments here: go into the project, or give the path of a notebook')
     for path in paths:
@@ -99,17 +103,20 @@ def list_command(args: argparse.Namespace) -> None: # shows experiments and what
             if args.notebook: raise
             print(f'sparse-workbench: {e}', file=sys.stderr)
 
-def run_command(args: argparse.Namespace) -> None: # answers a question
+def run_command(args: argparse.Namespace) -> None:
+    "Answers a question."
     params = read_params(args.notebook, args.param)
     print(answer_text(run(args.notebook, store=args.store, force=args.force, progress=not args.quiet, **params)))
 
-def result_row(r: Run) -> dict[str, Any]: # what was asked and what came out, short
+def result_row(r: Run) -> dict[str, Any]:
+    "What was asked and what came out, short."
     when = dict(id=r.id, started=r.environment['started'][:16], seconds=r.environment['seconds'])
     row = when | r.params
     row |= {f'result.{k}' if k in row else k: v for k, v in r.scalars.items()}
     return {k: cell_text(v) if isinstance(v, list) else v for k, v in row.items()}
 
-def results_command(args: argparse.Namespace) -> None: # the table of a store
+def results_command(args: argparse.Namespace) -> None:
+    "The table of a store."
     if args.csv: sys.stdout.write(results(args.store).to_csv(index=False)); return
     runs = stored(args.store)
     for name in dict.fromkeys(r.name for r in runs):
@@ -121,7 +128,8 @@ class OneLine(argparse.ArgumentParser):
     "A parser that complains in one line."
     def error(self, message): raise UsageError(f'{message}; see {self.prog} --help')
 
-def parser() -> argparse.ArgumentParser: # the commands and their options
+def parser() -> argparse.ArgumentParser:
+    "The commands and their options."
     p = OneLine(prog='sparse-workbench', description='Run sparsity experiments and read their results.')
     p.add_argument('--version', action='version', version=f"sparse-workbench {version('sparse_workbench') or '(not installed)'}")
     sub = p.add_subparsers(metavar='list | run | results', required=True)
@@ -142,7 +150,8 @@ def parser() -> argparse.ArgumentParser: # the commands and their options
     return p
 
 # %% ../nbs/api/72_cli.ipynb #e3a4ec19
-def say(message) -> None: # a line on standard error
+def say(message) -> None:
+    "A line on standard error."
     print(f'sparse-workbench: {message}', file=sys.stderr)
 
 def main(argv: Sequence[str] | None = None # arguments; None: of the command line

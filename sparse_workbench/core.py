@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/api/00_core.ipynb #3ddc0b02
-def local(t: Tensor) -> Tensor: # the shard of a DTensor that lies on this rank; any other tensor as it is
+def local(t: Tensor) -> Tensor:
+    "The shard of a DTensor that lies on this rank; any other tensor as it is."
     return t.to_local() if hasattr(t, 'to_local') else t  # type: ignore[operator]
 
 # %% ../nbs/api/00_core.ipynb #a73806fc
@@ -84,7 +85,8 @@ def check_finite(site: Site) -> None:
 # %% ../nbs/api/00_core.ipynb #c742403b
 def expert(i: int, # which of the stacked matrices
            transposed: bool, # stored as (in, out)
-           ) -> Callable[[Tensor], Tensor]: # view of one expert's (out, in)
+           ) -> Callable[[Tensor], Tensor]: # stacked parameter -> (out, in)
+    "The view of one expert's matrix."
     return lambda p: p[i].t() if transposed else p[i]
 
 def prunable(module: nn.Module # any module
@@ -110,7 +112,7 @@ def matches(spec: Any, # type, name, last parts of a name, glob, or 're:…'
     if isinstance(spec, type): return isinstance(module, spec)
     if not isinstance(spec, str): raise TypeError(f"include and ignore take names, globs, 're:…' or module types, not {spec!r}")
     if spec.startswith('re:'): return any(re.fullmatch(spec[3:], n) for n in (name, key))
-    return spec == type(module).__name__ or any(n == spec or n.endswith('.' + spec) or fnmatchcase(n, spec) for n in (name, key))
+    return spec == type(module).__name__ or any(n == spec or fnmatchcase(n, spec) or fnmatchcase(n, '*.' + spec) for n in (name, key))
 
 # %% ../nbs/api/00_core.ipynb #9c89f241
 HEADS = ('lm_head', 'embed_out', 'head', 'head.fc', 'classifier', 'score')
@@ -212,15 +214,17 @@ def report(sites: Iterable[Site],
     return Report(rows, getattr(sites, 'left', {}), note)
 
 # %% ../nbs/api/00_core.ipynb #d401bba0
-def report_lines(r: Report, most: int = 40) -> list[tuple[str, ...]]: # cells of the table, first the header, last the total
+def report_lines(r: Report, most: int = 40) -> list[tuple[str, ...]]: # first the header, last the total
+    "The cells of the table."
     fmt = lambda x: (x['name'], x['type'], '×'.join(map(str, x['shape'])), f"{x['params']:,}", f"{x['asked']:.2%}", f"{x['achieved']:.2%}")
-    body = [fmt(x) for x in r.rows]
+    body: list[tuple[str, ...]] = [fmt(x) for x in r.rows]
     if len(body) > most: body = body[:most // 2] + [(f'… {len(body) - most} more', *[''] * 5)] + body[-most // 2:]
     t = r.total
     return [('name', 'type', 'shape', 'params', 'asked', 'achieved'), *body,
             ('total', f"{t['sites']} sites", '', f"{t['params']:,}", f"{t['asked']:.2%}", f"{t['achieved']:.2%}")]
 
-def report_foot(r: Report) -> str: # what stays dense, and how the report was made
+def report_foot(r: Report) -> str:
+    "How the report was made, and what stays dense."
     left = '; '.join(f'{n} stays dense ({why})' for n, why in list(r.left.items())[:4]) + (f'; {len(r.left) - 4} more' if len(r.left) > 4 else '')
     return '\n'.join(x for x in (r.note, left) if x)
 

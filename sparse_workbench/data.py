@@ -72,6 +72,7 @@ def load_idx(path: str | Path # an IDX file of unsigned bytes, plain or .xz
     if data.size != np.prod(shape, dtype=np.int64): raise ValueError(f'{path}: {data.size} bytes do not fill {shape}')
     return torch.from_numpy(data.reshape(shape).copy())
 
+# %% ../nbs/api/50_data.ipynb #c4ddbda3
 def load_mnist(name: str = 'mnist',           # 'mnist' or 'fashion_mnist'
                split: str = 'train',          # 'train' (60,000) or 'test' (10,000)
                root: str | Path | None = None # folder that holds mnist/; None is `data_dir()`
@@ -81,10 +82,7 @@ def load_mnist(name: str = 'mnist',           # 'mnist' or 'fashion_mnist'
     stem = (Path(root) if root else data_dir())/name/('t10k' if split == 'test' else 'train')
     return load_idx(f'{stem}-images-idx3-ubyte.xz'), load_idx(f'{stem}-labels-idx1-ubyte.xz').long()
 
-# %% ../nbs/api/50_data.ipynb #eecc0af4
-CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
+# %% ../nbs/api/50_data.ipynb #4b01b18d
 def load_cifar10(split: str = 'train',          # 'train' (50,000) or 'test' (the first 1,000)
                  root: str | Path | None = None # folder that holds cifar10/; None is `data_dir()`
                 ) -> tuple[Tensor, Tensor]:     # images [N,3,32,32] uint8, labels [N] int64
@@ -101,12 +99,16 @@ def load_cifar10(split: str = 'train',          # 'train' (50,000) or 'test' (th
     x = torch.from_numpy(np.concatenate(parts))
     return x, labels[:len(x)]
 
+# %% ../nbs/api/50_data.ipynb #3522e8f2
+CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 def cifar_normalise(images: Tensor # [N,3,32,32] uint8
                    ) -> Tensor:    # float32, each channel minus its mean over its deviation
     "Pixels as the pretrained CIFAR ResNets expect them"
     return (images/255 - torch.tensor(CIFAR_MEAN)[:, None, None]) / torch.tensor(CIFAR_STD)[:, None, None]
 
-# %% ../nbs/api/50_data.ipynb #0999566e
+# %% ../nbs/api/50_data.ipynb #b760c0fd
 def digits(held_out: float = 0.2 # share of the images that become the test split
           ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # train images [N,64], train labels, test images, test labels
     "scikit-learn's digits, pixels in [0,1] as float32, always split the same way"
@@ -117,13 +119,14 @@ def digits(held_out: float = 0.2 # share of the images that become the test spli
     test, train = order.tensor_split([round(held_out*len(x))])
     return x[train].float()/16, y[train], x[test].float()/16, y[test]
 
-# %% ../nbs/api/50_data.ipynb #2227a7df
+# %% ../nbs/api/50_data.ipynb #fc0a7de4
 NUMERIC = re.compile(r'\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|0x[0-9a-fA-F]+|\d+')
 
 def is_table(text: str) -> bool:
     "Whether numeric literals and escapes are more than a sixth of the characters that are not white space"
     return 6*sum(map(len, NUMERIC.findall(text))) > len(''.join(text.split()))
 
+# %% ../nbs/api/50_data.ipynb #ad1e484f
 def python_sources(root: Path # a folder, or a tar archive (.tar, .tar.gz, .tar.xz)
                   ):          # yields (relative name, bytes)
     "Every .py file below `root` outside site-packages, in no promised order"
@@ -136,7 +139,7 @@ def python_sources(root: Path # a folder, or a tar archive (.tar, .tar.gz, .tar.
             for member in tar:
                 if member.isfile() and wanted(name := member.name.removeprefix('./')): yield name, tar.extractfile(member).read()
 
-# %% ../nbs/api/50_data.ipynb #9dfc6905
+# %% ../nbs/api/50_data.ipynb #567897da
 def python_corpus(root: str | Path | None = None # a folder or tar archive of .py files; None is this Python's standard library
                  ) -> list[tuple[str, str]]:     # (relative name, text), sorted by name
     "Readable Python files: UTF-8, 64 to 400,000 characters, no tables of numbers, no copies up to white space"
@@ -150,11 +153,12 @@ def python_corpus(root: str | Path | None = None # a folder or tar archive of .p
         kept.append((name, text))
     return kept
 
-# %% ../nbs/api/50_data.ipynb #53e8e68e
+# %% ../nbs/api/50_data.ipynb #0193b21d
 def name_hash(name: str) -> str:
     "sha256 of a file's name, in hex"
     return hashlib.sha256(name.encode()).hexdigest()
 
+# %% ../nbs/api/50_data.ipynb #7a300490
 def split_by_file(files: list[tuple[str, str]], # (name, text), as from `python_corpus`
                   held_out: float = 0.03        # share of the files, by sha256 of the name
                  ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]: # train in given order, held out in order of the hash

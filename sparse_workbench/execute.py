@@ -57,7 +57,8 @@ def find(notebook: str | Path # name of an experiment, or path of a notebook
     raise UsageError(f"no experiment {str(notebook)!r}{f'; did you mean {close[0]!r}?' if close else '.'} {there}")
 
 # %% ../nbs/api/71_execute.ipynb #0ec7d8bd
-def read_notebook(path: Path) -> dict: # its JSON, with joined sources; UsageError when it is none
+def read_notebook(path: Path) -> dict:
+    "Its JSON, with joined sources; UsageError when it is none."
     try:
         nb = json.loads(path.read_text(encoding='utf-8'))
         for cell in nb['cells']: cell['source'] = ''.join(cell['source'])
@@ -65,10 +66,12 @@ def read_notebook(path: Path) -> dict: # its JSON, with joined sources; UsageErr
         raise UsageError(f"{path.name} is not a notebook of format 4: {type(e).__name__}: {e}") from e
     return nb
 
-def tagged(nb: dict, tag: str) -> dict | None: # the first code cell with this tag
+def tagged(nb: dict, tag: str) -> dict | None:
+    "The first code cell with this tag."
     return next((c for c in nb['cells'] if c['cell_type'] == 'code' and tag in c['metadata'].get('tags', [])), None)
 
-def heading(nb: dict) -> tuple[str, str]: # title and subtitle: the first '# …' and '> …' of its prose
+def heading(nb: dict) -> tuple[str, str]:
+    "Title and subtitle: the first '# …' and '> …' of its prose."
     prose = '\n'.join(c['source'] for c in nb['cells'] if c['cell_type'] == 'markdown')
     title, subtitle = re.search(r'^# +(.+)', prose, re.M), re.search(r'^> *(.+)', prose, re.M)
     return title[1].strip() if title else '', subtitle[1].strip() if subtitle else ''
@@ -108,7 +111,8 @@ def fit(value, # parameter value
     if name in CHECKED: raise ValueError(f'{value!r} is not {name}')
     return json.loads(json.dumps(value, allow_nan=False))
 
-def fit_any(value, kinds: list) -> Any: # the value as the first of the types that takes it
+def fit_any(value, kinds: list) -> Any:
+    "The value as the first of the types that takes it."
     for kind in kinds:
         try: return fit(value, kind)
         except (TypeError, ValueError): pass
@@ -125,7 +129,8 @@ class Parameter(NamedTuple):
     help: str # its comment
 
 # %% ../nbs/api/71_execute.ipynb #d5466311
-def comments(text: str) -> dict[int, str]: # line number -> comment
+def comments(text: str) -> dict[int, str]:
+    "Line number -> comment."
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type == tokenize.COMMENT}
 
@@ -142,7 +147,7 @@ def assignments(path: Path, # the notebook, for messages
         try:
             (name,), default = [t.id for t in targets], ast.literal_eval(node.value)  # type: ignore[attr-defined, arg-type]
         except (ValueError, AttributeError) as e:
-            raise UsageError(f"{path.name}: {ast.unparse(node)!r} needs one name and a plain value, such as 0.5 or [1, 2]") from e
+            raise UsageError(f"{path.name}: {ast.unparse(node)!r} needs one name and a plain value, like 0.5 or [1, 2]") from e
         yield name, kind, default, notes.get(node.end_lineno or 0, '')
 
 # %% ../nbs/api/71_execute.ipynb #9c12af39
@@ -305,7 +310,8 @@ class RunFailed(RuntimeError):
         what = f"{run.name} failed{cell}: {error.get('ename')}: {error.get('evalue')}"
         super().__init__(f"{what}\nexecuted notebook: {shown(run.path/'executed.ipynb')}")
 
-def shown(path: Path) -> str: # the path as seen from the current folder, when it lies below
+def shown(path: Path) -> str:
+    "The path as seen from the current folder, when it lies below."
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 def as_error(e: BaseException, # what stopped the run

@@ -93,7 +93,7 @@ class Pattern:
         return unfold(self, keep, tuple(shape))
     def select(self, scores: Tensor, sparsity: float | None = None) -> Tensor: # scores (out, in, *kernel) -> mask like them, True = kept
         f = self.fold(scores)
-        return self.unfold(keep_top(f, drops(self, *f.shape, asked(self if sparsity is None else Pattern(), sparsity))), scores.shape)
+        return self.unfold(keep_top(f, drops(self, f.size(0), f.size(1), asked(self if sparsity is None else Pattern(), sparsity))), scores.shape)
 
 # %% ../nbs/api/12_patterns.ipynb #06a280c0
 def fold(p: Pattern, scores: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ def masks(site: Site, # the weight
     g, first = geometry(p, tuple(site.shape)), 0
     if p.group != (-1, -1):
         for s, f in scan(site, score, p):
-            yield s, p.unfold(keep_top(f, drops(p, *f.shape, sparsity, first)), s.shape)
+            yield s, p.unfold(keep_top(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)
             first += len(f)
         return
     n = g.nr * g.k * g.nc

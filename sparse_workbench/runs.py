@@ -59,11 +59,13 @@ def write_whole(path: str | Path, # file to make or replace
     finally: part.unlink(missing_ok=True)
     return path
 
-def to_json(value, name: str = 'value') -> str: # JSON text that every reader accepts
+def to_json(value, name: str = 'value') -> str:
+    "JSON text that every reader accepts."
     return json.dumps(plain(value, name), indent=1, allow_nan=False, ensure_ascii=False) + '\n'
 
 # %% ../nbs/api/70_runs.ipynb #53297ab4
-def to_csv(records) -> str: # CSV text of a data frame or a list of dicts; floats exact, missing values empty
+def to_csv(records) -> str:
+    "CSV text of a data frame or a list of dicts; floats exact, missing values empty."
     rows = plain(records, 'records')
     columns = list(dict.fromkeys(k for row in rows for k in row))
     for row in rows:
@@ -78,7 +80,8 @@ def to_csv(records) -> str: # CSV text of a data frame or a list of dicts; float
 # %% ../nbs/api/70_runs.ipynb #b9dbbd38
 def draw(figure, # matplotlib figure
          kind: str, # 'png' or 'svg'
-         ) -> bytes: # the file's content; the same picture gives the same SVG
+         ) -> bytes: # the file's content
+    "A figure as a file; the same picture gives the same SVG."
     from matplotlib import rc_context
     buffer = io.BytesIO()
     undated = {'Date': None} if kind == 'svg' else None
@@ -131,7 +134,8 @@ def digest(path: str | Path, # file or folder
     return h.hexdigest()
 
 # %% ../nbs/api/70_runs.ipynb #647dfdc2
-def strings(name: str, value) -> Iterator[tuple[str, str]]: # (place, text) of every string in a parameter
+def strings(name: str, value) -> Iterator[tuple[str, str]]:
+    "(place, text) of every string in a parameter."
     if isinstance(value, str): yield name, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for k, v in items: yield from strings(f'{name}[{k!r}]', v)
@@ -154,19 +158,22 @@ def question_id(cells: Iterable[str], # the notebook's code cells
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 # %% ../nbs/api/70_runs.ipynb #8f4419b6
-def ask(*command: str) -> str | None: # what a program prints, or None when it is missing, fails or takes longer than 20 s
+def ask(*command: str) -> str | None:
+    "What a program prints, or None when it is missing, fails or takes longer than 20 s."
     try: return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
                                env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'}).stdout.strip()
     except (OSError, subprocess.SubprocessError, UnicodeError): return None
 
-def git_state(folder: str | Path) -> dict | None: # commit, and whether the work tree differs from it; None outside of git
+def git_state(folder: str | Path) -> dict | None:
+    "Commit, and whether the work tree differs from it; None outside of git."
     git = 'git', '-C', str(folder)
     if ask(*git, 'rev-parse', '--is-inside-work-tree') != 'true': return None
     commit, changes = ask(*git, 'rev-parse', '-q', '--verify', 'HEAD'), ask(*git, 'status', '--porcelain')
     return dict(commit=commit, dirty=None if changes is None else changes != '')
 
 # %% ../nbs/api/70_runs.ipynb #bf09e621
-def device() -> str: # the GPUs that the driver shows, else the processor
+def device() -> str:
+    "The GPUs that the driver shows, else the processor."
     hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
     gpus = None if hidden else ask('nvidia-smi', '--query-gpu=name', '--format=csv,noheader')
     if gpus: return ', '.join(gpus.splitlines())
@@ -174,10 +181,12 @@ def device() -> str: # the GPUs that the driver shows, else the processor
         if name := re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text()): return f'CPU {name[1]}'
     return f'CPU {platform.processor() or platform.machine()}'
 
-def package_folder() -> Path: # where this package lies
+def package_folder() -> Path:
+    "Where this package lies."
     return Path(importlib.import_module('sparse_workbench').__file__ or '').resolve().parent
 
-def version(package: str) -> str | None: # installed version, or None
+def version(package: str) -> str | None:
+    "Installed version, or None."
     with suppress(metadata.PackageNotFoundError): return metadata.version(package)
     return getattr(importlib.import_module(package), '__version__', None) if package == 'sparse_workbench' else None
 
@@ -194,12 +203,14 @@ def environment(folder: str | Path = '.', # where the notebook lies: its git sta
                 git=git_state(folder), source=digest(package_folder()), **more)
 
 # %% ../nbs/api/70_runs.ipynb #f4723054
-def this_host() -> str: # the machine's name, without the separator of folder names
+def this_host() -> str:
+    "The machine's name, without the separator of folder names."
     return re.sub(r'[^\w.]', '_', platform.node()) or 'host'
 
 def hidden(kind: str, # 'tmp': being made; 'old': about to be replaced
            final: Path, # the folder's name when finished
-           ) -> Path: # a name beside it that belongs to this process alone
+           ) -> Path: # beside it
+    "A name that belongs to this process alone."
     return final.with_name(f'.{kind}-{final.name}-{this_host()}-{os.getpid()}-{secrets.token_hex(4)}')
 
 # %% ../nbs/api/70_runs.ipynb #90035d10
@@ -237,7 +248,8 @@ def clean_store(store: str | Path # folder of runs
     return done
 
 # %% ../nbs/api/70_runs.ipynb #ef7fd55e
-def flat(name: str, value: dict) -> dict[str, Any]: # {'name.key.key': value}, without lists of rows
+def flat(name: str, value: dict) -> dict[str, Any]:
+    "{'name.key.key': value}, without lists of rows."
     found: dict[str, Any] = {}
     for key, v in value.items():
         if isinstance(v, dict): found |= flat(f'{name}.{key}', v)
@@ -252,15 +264,18 @@ CARD = dict(
     value='text-align:left;padding:1px',
     picture='max-width:20em;max-height:15em;background:#fff')
 
-def cell_text(v) -> str: # a value for people: five digits, lists without brackets
+def cell_text(v) -> str:
+    "A value for people: five digits, lists without brackets."
     return f'{v:.5g}' if isinstance(v, float) else ', '.join(map(cell_text, v)) if isinstance(v, list) else str(v)
 
-def facts_html(head: str, facts: dict) -> str: # a heading and a table of named values
+def facts_html(head: str, facts: dict) -> str:
+    "A heading and a table of named values."
     cell = lambda style, text: f'<td style="{CARD[style]}">{html.escape(text)}</td>'
     rows = [f"<tr>{cell('name', k)}{cell('value', cell_text(v))}</tr>" for k, v in facts.items()]
     return f'<div><b>{html.escape(head)}</b><table style="margin:.2em 0;border:0">{"".join(rows)}</table></div>'
 
-def picture_html(name: str, png: bytes) -> str: # an image that carries its own bytes
+def picture_html(name: str, png: bytes) -> str:
+    "An image that carries its own bytes."
     return f'<img alt="{html.escape(name)}" style="{CARD["picture"]}" src="data:image/png;base64,{b64encode(png).decode()}">'
 
 # %% ../nbs/api/70_runs.ipynb #760d9d24
@@ -294,7 +309,8 @@ class Run:
     def _repr_html_(self): return run_html(self)
 
 # %% ../nbs/api/70_runs.ipynb #3512244b
-def run_html(run: Run) -> str: # its card: parameters, scalar results, error, pictures
+def run_html(run: Run) -> str:
+    "Its card: parameters, scalar results, error, pictures."
     error = {run.error['ename']: run.error['evalue']} if run.error else {}
     facts = dict(parameters=run.params, result=run.scalars, error=error)
     parts = [facts_html(k, v) for k, v in facts.items() if v]
@@ -302,9 +318,12 @@ def run_html(run: Run) -> str: # its card: parameters, scalar results, error, pi
     return f'<div style="{CARD["box"]}">{html.escape(run.title)}<div style="{CARD["row"]}">{"".join(parts)}</div></div>'
 
 # %% ../nbs/api/70_runs.ipynb #9821e613
-def refuse_constant(word: str): raise ValueError(f'{word} is not JSON; write it with runs.save')
+def refuse_constant(word: str):
+    "ValueError for the NaN and Infinity that Python reads and JSON does not know."
+    raise ValueError(f'{word} is not JSON; write it with runs.save')
 
-def read_json(path: Path) -> dict: # the object in the file; ValueError that names a file that is missing or broken
+def read_json(path: Path) -> dict:
+    "The object in the file; ValueError that names a file that is missing or broken."
     name = f'{path.parent.name}/{path.name}'
     try: value = json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse_constant)
     except (OSError, ValueError) as e: raise ValueError(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from e
@@ -324,7 +343,8 @@ def load(path: str | Path, # run folder
     return Run(env['name'], env['id'], path, read_json(path/'params.json'), result, env, cached, error)
 
 # %% ../nbs/api/70_runs.ipynb #0f7c7a63
-def stored(store: str | Path = 'runs') -> list[Run]: # the finished runs, oldest first; a broken one is named in a warning
+def stored(store: str | Path = 'runs') -> list[Run]:
+    "The finished runs, oldest first; a broken one is named in a warning."
     found = []
     for path in sorted(Path(store).glob('*')):
         if not path.is_dir() or not re.fullmatch(r'\w[\w.-]*-[0-9a-f]{12}', path.name): continue
@@ -341,7 +361,8 @@ def results(store: str | Path = 'runs' # folder of runs
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=['name', 'id', 'started', 'seconds'])
 
 # %% ../nbs/api/70_runs.ipynb #13508198
-def failed(store: str | Path = 'runs') -> list[Run]: # oldest first; `.error` says why, `.path` where the notebook lies
+def failed(store: str | Path = 'runs') -> list[Run]:
+    "The failed runs, oldest first; `.error` says why, `.path` where the notebook lies."
     found = []
     for path in sorted(Path(store).glob('failed/*/error.json')):
         try: found.append(load(path.parent))

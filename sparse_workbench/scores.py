@@ -50,7 +50,8 @@ def noise(seed: int) -> Score: # a criterion
 random = noise(0)
 
 # %% ../nbs/api/11_scores.ipynb #9910a462
-def mean_grad(site: Site) -> Tensor: # the dense gradient of the last step, else the mean over calibration
+def mean_grad(site: Site) -> Tensor:
+    "The dense gradient of the last step, else the mean over calibration."
     return stat(site, 'grad') if site.grad is None else site.grad[slice(*site.rows)].float()
 
 @criterion('grad')

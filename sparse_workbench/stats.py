@@ -27,7 +27,8 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping): return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
-def tensors(x: Any) -> Iterator[Tensor]: # every tensor inside a batch, in a fixed order
+def tensors(x: Any) -> Iterator[Tensor]:
+    "Every tensor inside a batch, in a fixed order."
     if isinstance(x, Tensor): yield x
     elif isinstance(x, Mapping):
         for k in sorted(x): yield from tensors(x[k])
@@ -105,14 +106,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m, t in was.items(): m.training = t
 
-def inputs_of(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]: # the tensors that the weight multiplies
+def inputs_of(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
+    "The tensors that the weight multiplies."
     if isinstance(module, nn.MultiheadAttention):
         qkv = [*args, *[kwargs[k] for k in ('query', 'key', 'value')[len(args):]]][:3]
         return [x if module.batch_first else x.transpose(0, 1) if x.ndim == 3 else x[None] for x in qkv]
     return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
 
 # %% ../nbs/api/10_stats.ipynb #c90d5664
-def modules_of(model: nn.Module, site: Site) -> list[nn.Module]: # every module that uses the weight, also under its other names
+def modules_of(model: nn.Module, site: Site) -> list[nn.Module]:
+    "Every module that uses the weight, also under its other names."
     return [site.module, *[model.get_submodule(a.rpartition('.')[0]) for a in site.aliases]]
 
 def in_norms(model: nn.Module, sites: Iterable[Site], cal: Calibration) -> None:
@@ -188,10 +191,10 @@ def gradients(model: nn.Module, sites: Sequence[Site], cal: Calibration, batches
 def hessian_gradients(model: nn.Module, sites: Sequence[Site], cal: Calibration) -> None:
     "Set `stats['hess_grad']`: Hessian of the mean loss times its gradient, over the sites' weights (GraSP, eq. 8)."
     with requiring(sites) as params, evaluating(model), torch.enable_grad():
-        loss = sum(loss_of(model, b, cal) for b in cal.batches) / len(cal.batches)
+        loss = torch.stack([loss_of(model, b, cal) for b in cal.batches]).mean()
         g = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         reached(sites, {s.name: x for s in sites for p, x in zip(params, g) if p is s.parameter}, 'gradient')
-        hg = torch.autograd.grad(sum((x * x.detach()).sum() for x in g), params, allow_unused=True)
+        hg = torch.autograd.grad(torch.stack([(x * x.detach()).sum() for x in g]).sum(), params, allow_unused=True)
     for s in sites:
         h = next(x for p, x in zip(params, hg) if p is s.parameter)
         s.stats['hess_grad'] = torch.zeros(s.shape) if h is None else s.of(h).float()

@@ -24,7 +24,7 @@ LIB = sync.package(ROOT)
 
 
 def none(found: list[str], rule: str) -> None:
-    assert not found, f'{rule}\n' + '\n'.join(found)
+    if found: pytest.fail('\n  '.join([f'{rule}:', *found]), pytrace=False)
 
 
 def tree(source: str) -> ast.Module:
@@ -126,9 +126,10 @@ def test_import_is_light():
     def probe() -> list:
         done = subprocess.run([sys.executable, '-c', PROBE], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
-    (first, heavy), (second, _) = probe(), probe()
+    seconds, heavy = probe()
     assert heavy == [], f'import {LIB} must load none of these: put the import inside the function that needs it'
-    assert min(first, second) < 1, f'import {LIB} takes {min(first, second):.2f} s of processor time after torch'
+    if seconds >= 1: seconds = min(seconds, probe()[0])         # the first import of all also reads the disk
+    assert seconds < 1, f'import {LIB} takes {seconds:.2f} s of processor time after torch'
 
 
 # Files and versions
@@ -149,7 +150,8 @@ def test_nothing_of_one_machine():
 
 def test_no_large_file():
     sizes = {p.relative_to(ROOT): p.stat().st_size / 2**20 for p in tracked()}
-    none([f'{p}: {size:.1f} MiB' for p, size in sizes.items() if size > 3], 'files over 3 MiB')
+    limit = {p: 16 if 'embedded' in p.parts else 3 for p in sizes}      # the embedded model is the one large file
+    none([f'{p}: {size:.1f} MiB' for p, size in sizes.items() if size > limit[p]], 'large files')
 
 
 def pins(file: str) -> dict[str, str]:
@@ -157,11 +159,16 @@ def pins(file: str) -> dict[str, str]:
     return {name.lower().replace('_', '-'): version for name, version in found}
 
 
+def requirements() -> dict[str, list[str]]:
+    "The lists of settings.ini; what is optional is used where it is installed, and never installed by make."
+    found = re.findall(r'^(\w*requirements) = (.*)$', (ROOT / 'settings.ini').read_text(), re.M)
+    return {group: [re.split('[=<>]', x)[0] for x in names.split()] for group, names in found}
+
+
 def test_every_requirement_is_pinned():
     lines = [x.split('#')[0].split(';')[0].strip() for x in (ROOT / 'requirements.txt').read_text().splitlines()]
     none([x for x in lines if x and '==' not in x], 'requirements.txt gives exact versions')
-    settings = re.findall(r'^\w*requirements = (.*)$', (ROOT / 'settings.ini').read_text(), re.M)
-    asked = {re.split('[=<>]', x)[0] for line in settings for x in line.split()}
+    asked = {name for group, names in requirements().items() if group != 'optional_requirements' for name in names}
     none(sorted(asked - pins('requirements.txt').keys()), 'settings.ini asks for what requirements.txt does not pin')
     differ = [f'{n}: {v} and {w}' for n, v in pins('requirements.txt').items() if (w := pins('constraints.txt').get(n, v)) != v]
     none(differ, 'requirements.txt and constraints.txt disagree')
@@ -173,6 +180,6 @@ def test_every_import_is_pinned():
     own = {LIB, *(p.stem for p in files)} | sys.stdlib_module_names
     names = {m.split('.')[0] for t in trees for m in imported(t)} - own
     owners = importlib.metadata.packages_distributions()
-    pinned = pins('requirements.txt').keys()
+    pinned = pins('requirements.txt').keys() | set(requirements()['optional_requirements'])
     none(sorted(m for m in names if m in owners and not {d.lower().replace('_', '-') for d in owners[m]} & pinned),
          'imported, installed, and not in requirements.txt')

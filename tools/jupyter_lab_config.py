@@ -17,5 +17,7 @@ def save_clean(model, path, **_):
 
 c.ContentsManager.pre_save_hook = save_clean
 c.LabApp.app_settings_dir = str(here / 'lab_settings')
+c.LabApp.extension_manager = 'readonly'
 c.ServerApp.root_dir = str(here.parent)
+c.ServerApp.allow_root = True     # as in most containers; the server listens on this machine only
 os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])

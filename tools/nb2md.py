@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,10 +24,11 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 GROUPS = ('Core', 'Scores and patterns', 'Rules and training', 'Kernels', 'Formats and recipes', 'Data and models',
           'Evaluation', 'Runs', 'Widgets')
 DIRECTIVE = re.compile(r'^#\|\s*(\w+)(?:[: ]\s*(.*?))?\s*$', re.M)
-NOT_CODE = re.compile(r'^#\||^\s*%|#\|\s*hide_line\s*$')
+NOT_CODE = re.compile(r'^#\||^\s*%%?[a-z]|#\|\s*hide_line\s*$')
 ANSI = re.compile(r'\x1b\[[0-9;?]*[@-~]')
 FENCE = re.compile(r'^\s*(```|~~~)')
 CODE_SPAN = re.compile(r'(?<![`\[\\])`([^`\n]+)`(?!`)(?!\]\()')
+ITEM = re.compile(r'( *)([-*+]|\d+[.)]) ')
 NOTEBOOK = re.compile(r'\]\(([\w./-]+\.ipynb)(#[\w.-]+)?\)')
 IMAGES = {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg', 'image/gif': 'gif'}
 REMOTE = re.compile(r'''<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)\s*=\s*["']?(?:https?:)?//'''
@@ -82,7 +82,7 @@ def load(path: Path, nbs: Path) -> Page:
         d = directives(c.source) if c.cell_type == 'code' else {}
         page.module = page.module or d.get('default_exp', '')
         if c.cell_type == 'code': page.strings |= set(re.findall(r"""['"]([a-z]\w*)['"]""", c.source))
-        if 'export' in d: page.names |= {n.name: summary(n) for n in definitions(c.source)}
+        if {'export', 'exports'} & d.keys(): page.names |= {n.name: summary(n) for n in definitions(c.source)}
     return page
 
 
@@ -197,22 +197,34 @@ def relative(to: Path, here: Path, ext: str) -> str:
 
 
 def prose(source: str, page: Page, site: Site) -> str:
-    "Markdown that reads here as in Jupyter: lists and tables after a blank line, nested by four; names and notebooks linked."
-    out, fenced, before = [], False, ''
-    for line in source.splitlines():
+    "Markdown of a page: reads as in Jupyter, public names and other notebooks are links."
+    out, fenced = [], False
+    for line in relisted(source.splitlines()):
         if FENCE.match(line): fenced = not fenced
         elif not fenced:
-            item = re.match(r'( *)(?:[-*+]|\d+[.)]) ', line)
-            starts = r' *([-*+]|\d+[.)]) ' if item else r' *\|' if line.startswith('|') else ''
-            follows = not before.strip() or before.startswith('  ') or re.match(starts, before)
-            if starts and not follows: out.append('')
-            if item: line = ' ' * len(item[1]) + line
-            if not line.startswith('#'):
-                line = CODE_SPAN.sub(lambda m: name_link(m, page, site), line)
+            if not line.startswith('#'): line = CODE_SPAN.sub(lambda m: name_link(m, page, site), line)
             line = NOTEBOOK.sub(lambda m: notebook_link(m, page, site), line)
         out.append(line)
-        before = line
     return '\n'.join(out)
+
+
+def relisted(lines: list[str]) -> Iterator[str]:
+    "The site's Markdown wants a blank line before a list or table, and lists nested by four spaces; Jupyter's does not."
+    before, fenced, indents, numbered = '', False, [], False    # `indents` of the open list items, outermost first
+    for line in lines:
+        item, indent, bare = ITEM.match(line), len(line) - len(line.lstrip()), line.lstrip()
+        fenced ^= bool(FENCE.match(line))
+        if item and not fenced:
+            if before and not indent and (not indents or numbered != item[2][0].isdigit()): yield ''
+            if not indent: numbered = item[2][0].isdigit()
+            indents = [n for n in indents if n < indent] + [indent]
+            line = '    ' * (len(indents) - 1) + bare
+        elif indents and indent and bare: line = '    ' * len(indents) + bare if not fenced else line
+        elif bare:
+            if not before: indents = []
+            if bare[0] == '|' and before and before[0] != '|' and not fenced: yield ''
+        yield line
+        before = line.strip()
 
 
 def name_link(m: re.Match, page: Page, site: Site) -> str:
@@ -221,7 +233,9 @@ def name_link(m: re.Match, page: Page, site: Site) -> str:
 
 def notebook_link(m: re.Match, page: Page, site: Site) -> str:
     to = site.of_path.get(os.path.normpath(page.path.parent / m[1]).replace(os.sep, '/'))
-    return f"]({relative(to.out, page.out, '.md')}{m[2] or ''})" if to else m[0]
+    if not to: return m[0]
+    anchor = m[2] or ''
+    return f"]({relative(to.out, page.out, '.md')}{anchor if anchor[1:] in to.names else anchor.lower()})"
 
 
 def shown(output: dict, save: Callable[[bytes, str], str], where: str) -> str:
@@ -231,8 +245,7 @@ def shown(output: dict, save: Callable[[bytes, str], str], where: str) -> str:
     data = output['data']
     if 'text/markdown' in data: return text(data['text/markdown'])
     for mime, ext in IMAGES.items():
-        if mime in data:
-            return f'![output]({save(raw_image(data[mime], ext), ext)}){{ .figure }}'
+        if mime in data: return f'![output]({save(raw_image(data[mime], ext), ext)}){{ .figure }}'
     if 'text/html' in data:
         page = re.sub(r'<style scoped>.*?</style>', '', text(data['text/html']), flags=re.S)
         if m := REMOTE.search(page):
@@ -266,7 +279,7 @@ def table(head: list[str], rows: list[list[str]], kind: str) -> str:
     keep = [i for i in range(len(head)) if any(r[i] for r in rows)]
     ths = ''.join(f'<th>{head[i]}</th>' for i in keep)
     trs = ''.join(f"<tr>{''.join(f'<td>{r[i]}</td>' for i in keep)}</tr>" for r in rows)
-    return f'<table class="{kind}"><thead><tr>{ths}</tr></thead><tbody>{trs}</tbody></table>'
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{ths}</tr></thead><tbody>{trs}</tbody></table></div>'
 
 
 def code_tag(s: str) -> str:
@@ -423,4 +436,4 @@ def build(root: Path) -> Path:
 if __name__ == '__main__':
     root = Path(__file__).resolve().parents[1]
     out = build(root)
-    sys.stdout.write(f"{len(list(out.rglob('*.md')))} pages in {out.name}/\n")
+    print(len(list(out.rglob('*.md'))), f'pages in {out.name}/')

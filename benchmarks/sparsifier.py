@@ -1,0 +1,132 @@
+"""What sparse training costs beside dense training: whole training steps of a small and of a 125-million-parameter decoder.
+
+    python benchmarks/sparsifier.py                 both models on CUDA: bfloat16 autocast, compiled, fused AdamW
+    python benchmarks/sparsifier.py --tiny          seconds on a CPU, to see that it runs; the numbers mean nothing
+
+Blocks of 100 steps of all kinds take turns on the same model; a kind's speed is its median block. `gmp` is gradual magnitude
+pruning with a new mask every 100 steps, `sr_ste` a new 2:4 mask and a dense weight beside it at every step. The peer keeps a
+mask and a dense weight in the module and multiplies in every forward pass (torch.nn.utils.prune); its mask never changes.
+"""
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from common import header, save, show, sync
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from sparse_workbench.core import sites
+from sparse_workbench.flows import sr_ste
+from sparse_workbench.schedules import cubic, every
+from sparse_workbench.sparsifier import Sparsifier
+from sparse_workbench.zoo import Llama, LlamaConfig
+
+MODELS = {
+    'embedded': (LlamaConfig(4096, 256, 640, 7, 4, 2, 64), 128, 512),
+    '125M': (LlamaConfig(50304, 768, 2048, 12, 12, 12, 64, max_position_embeddings=1024), 32, 1024),
+}
+TINY = replace(MODELS['embedded'][0], vocab_size=128, num_hidden_layers=2, hidden_size=64, intermediate_size=128), 2, 32
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    "Mean next-token loss in bfloat16 autocast."
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        logits = model(ids[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Trainer:
+    "A model with its optimizer and its (compiled) loss."
+    def __init__(self, model: nn.Module, compiled: bool):
+        self.model, self.device = model, next(model.parameters()).device
+        self.opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+        self.loss = torch.compile(loss_of) if compiled else loss_of
+
+    def step(self, ids: Tensor) -> None:
+        self.loss(self.model, ids).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+
+
+def dense(t: Trainer) -> Callable[[], object]: return lambda: None
+
+def gmp(t: Trainer) -> Callable[[], object]:
+    "Unstructured, 0 to 90 %, a new mask every 100 steps."
+    sp = Sparsifier(sites(t.model), sparsity=cubic(0, .9, 300), when=every(100)).attach(t.opt)
+    return sp.detach
+
+def sr_ste_2_4(t: Trainer) -> Callable[[], object]:
+    "2:4 with SR-STE: a new mask every step."
+    return Sparsifier(sites(t.model), pattern='2:4', flow=sr_ste(2e-4)).attach(t.opt).detach
+
+def masked(model: nn.Module) -> nn.Module:
+    "torch.nn.utils.prune on every weight that the project prunes."
+    for s in sites(model): torch_prune.l1_unstructured(s.module, s.param, .5)
+    return model
+
+
+KINDS: dict[str, Callable[[Trainer], Callable[[], object]]] = {'dense': dense, 'ours, gmp every 100': gmp, 'ours, sr_ste 2:4 every step': sr_ste_2_4}
+
+
+def block(t: Trainer, kind: Callable, batches: list[Tensor], steps: int, device: str) -> float:
+    "Seconds for a step, over one block; making the kind and its first masks is not counted."
+    end = kind(t)
+    for ids in batches[:2]: t.step(ids)
+    sync(device)
+    start = time.perf_counter()
+    for i in range(steps): t.step(batches[i % len(batches)])
+    sync(device)
+    seconds = (time.perf_counter() - start) / steps
+    end()
+    return seconds
+
+
+def compare(name: str, config: LlamaConfig, size: int, length: int, a: argparse.Namespace) -> list[dict]:
+    "Rows of one model."
+    torch.manual_seed(0)
+    batches = [torch.randint(config.vocab_size, (size, length), device=a.device) for _ in range(8)]
+    make = lambda: Llama(config).to(a.device)
+    ours = Trainer(make(), a.compile)
+    kinds = {k: (ours, kind) for k, kind in KINDS.items()}
+    if not a.no_peer: kinds['torch.nn.utils.prune, fixed mask'] = Trainer(masked(make()), a.compile), dense
+    start = time.perf_counter()
+    for t in {id(t): t for t, _ in kinds.values()}.values(): t.step(batches[0])
+    sync(a.device)
+    print(f'{name}: ready after {time.perf_counter() - start:.0f} s', flush=True)
+    times: dict[str, list[float]] = {k: [] for k in kinds}
+    for _ in range(a.blocks):
+        for k, (t, kind) in kinds.items(): times[k].append(block(t, kind, batches, a.steps, a.device))
+    base = statistics.median(times['dense'])
+    shape = dict(model=name, **{'million parameters': sum(p.numel() for p in ours.model.parameters()) / 1e6}, tokens=size * length)
+    def row(k: str, ts: list[float]) -> dict:
+        m = statistics.median(ts)
+        return shape | dict(kind=k, **{'steps/s': 1 / m, 'ms a step': m * 1e3, 'over dense %': 100 * (m / base - 1), 'blocks ms': [round(x * 1e3, 2) for x in ts]})
+    return [row(k, ts) for k, ts in times.items()]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--models', default=','.join(MODELS))
+    p.add_argument('--steps', type=int, default=100, help='in a block')
+    p.add_argument('--blocks', type=int, default=3)
+    p.add_argument('--no-peer', action='store_true')
+    p.add_argument('--no-compile', dest='compile', action='store_false')
+    p.add_argument('--tiny', action='store_true')
+    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
+    a = p.parse_args()
+    torch.set_float32_matmul_precision('high')
+    chosen = dict(tiny=TINY) if a.tiny else {n: MODELS[n] for n in a.models.split(',')}
+    rows, head = [], header(a.device, compiled=a.compile, steps=a.steps)
+    for n, m in chosen.items():
+        rows += compare(n, *m, a)
+        save('sparsifier', rows, head, a.out, a.device)
+    show(rows, head)
+
+
+if __name__ == '__main__': main()
