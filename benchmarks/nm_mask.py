@@ -71,11 +71,11 @@ def tune(device: str) -> list[dict]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--scale', type=int, help='divide the rows of every matrix by this (default: 1 on CUDA, 8 elsewhere)')
+    p.add_argument('--scale', type=int, help='divide the rows of every matrix by this (default: 1 on CUDA, 16 elsewhere)')
     p.add_argument('--tune', action='store_true')
     p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
     a = p.parse_args()
-    scale = a.scale or (1 if a.device == 'cuda' else 8)
+    scale = a.scale or (1 if a.device == 'cuda' else 16)
     torch.manual_seed(0)
     rows = []
     for (r, c), dtype, keep, of in CASES:

@@ -33,7 +33,7 @@ def hard(groups: int, size: int, dtype: torch.dtype) -> torch.Tensor:
 def test_every_size_and_type():
     from sparse_workbench.kernels.nm import nm_keep_kernel
     for dtype in DTYPES:
-        for size in range(1, 17) if dtype in (torch.bfloat16, torch.float32) else (2, 4, 5, 16):
+        for size in range(1, 17) if dtype == torch.bfloat16 else (2, 4, 5, 16):
             for groups in (7, 1025, 40_000) if size in (1, 2, 4, 8, 16) else (7, 1025, 40_001):
                 x = hard(groups, size, dtype) if groups != 1025 else torch.randn(groups, size, device='cuda').to(dtype)
                 for keep in {0, 1, size // 2, size}:

