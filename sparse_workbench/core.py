@@ -65,10 +65,10 @@ def stat(site: Site, # the weight
 # %% ../nbs/api/00_core.ipynb #44f22ff6
 def slabs(site: Site, # a weight of any size
           rows: int = 1, # every slab but the last holds a multiple of this many rows
-          weights: int = 2**20, # about so many weights a slab
+          weights: int | None = None, # about so many weights a slab; what a cache holds on a CPU, what fills a GPU
           ) -> Iterator[Site]: # sites that cover the rows one after the other
     "Cut a site into slabs of rows."
-    n = site.shape[0]
+    n, weights = site.shape[0], weights or (2**20 if site.weight.device.type == 'cpu' else 2**26)
     step = max(1, weights * n // max(1, site.numel) // rows) * rows
     for i in range(0, n, step): yield replace(site, rows=(i, min(n, i + step)))
 
@@ -77,7 +77,7 @@ def check_finite(site: Site) -> None:
     "ValueError that names the site when a weight is NaN or infinite, or has no data."
     if site.weight.is_meta: raise ValueError(f"{site.name} is on the meta device: load its values before pruning")
     for s in slabs(site):
-        if s.numel and not all(x.isfinite() for x in s.weight.aminmax()):
+        if s.numel and not torch.stack(s.weight.aminmax()).isfinite().all():
             bad = int((~site.weight.isfinite()).sum())
             raise ValueError(f"{site.name} {tuple(site.shape)} holds {bad} NaN or infinite weights: "
                              f"repair it, or leave it out with ignore=[{site.name!r}]")

@@ -93,8 +93,7 @@ def prune(model: nn.Module, # changed in place
     how: Allocate = explicit(allocate) if isinstance(allocate, Mapping) else allocate
     score = getattr(rule, 'score', score)
     note = gather(model, ss, calibration, score, how, rule)
-    if score is not magnitude:
-        for s in ss: check_finite(s)            # magnitude sees them by itself
+    for s in ss: check_finite(s)
     ratios = how(ss, p, score, total)
     for s in ss: s.sparsity = asked(Pattern(), ratios[s.name])
     plain = rule is None or hasattr(rule, 'score')

@@ -325,7 +325,7 @@ def check_scores(site: Site, x: Any, score: Callable) -> Tensor:
     name = getattr(score, '__name__', repr(score))
     if not isinstance(x, Tensor) or x.shape != site.shape or not x.is_floating_point():
         raise ValueError(f"{name} must give a float tensor like the weight of {site.name} {tuple(site.shape)}, not {getattr(x, 'shape', type(x).__name__)}")
-    if x.numel() and not all(v.isfinite() for v in x.aminmax()):
+    if not getattr(score, 'finite', False) and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
         check_finite(site)
         raise ValueError(f"{name} gives NaN or infinite scores for {site.name}, whose weights are finite")
     return x

@@ -20,15 +20,16 @@ Score = Callable[[Site], Tensor]
 
 def criterion(*needs: str, # statistics that `collect` must have filled in
               rowwise: bool = True, # does a row's score depend on that row alone?
+              finite: bool = False, # are the scores of finite weights always finite?
               ) -> Callable[[Score], Score]:
     "Mark a function of a site as a criterion. A plain function is one too: it then needs nothing and sees the weight whole."
     def mark(f):
-        f.needs, f.rowwise = needs, rowwise
+        f.needs, f.rowwise, f.finite = needs, rowwise, finite
         return f
     return mark
 
 # %% ../nbs/api/11_scores.ipynb #3ce3e946
-@criterion()
+@criterion(finite=True)
 def magnitude(site: Site) -> Tensor:
     "|w|"
     return site.weight.abs()
@@ -36,7 +37,7 @@ def magnitude(site: Site) -> Tensor:
 # %% ../nbs/api/11_scores.ipynb #c6a772a3
 def noise(seed: int) -> Score: # a criterion
     "Uniform noise in [0, 1) that depends on the seed, the site's name and the position, and on nothing else."
-    @criterion()
+    @criterion(finite=True)
     def random(site: Site) -> Tensor:
         n = site.numel
         first = site.rows[0] * (n // max(1, site.shape[0]))

@@ -207,19 +207,18 @@ def test_wanda_takes_only_two_axes(lead):
 
 
 @pytest.mark.parametrize('dims', [1, 2, 3])
+@pytest.mark.parametrize('groups', [1, 2])
 @pytest.mark.parametrize('batched', [True, False], ids=['batch', 'one sample'])
-def test_wanda_takes_no_convolution(dims, batched):
-    "By definition: what a weight would see, listed by asking the convolution itself."
-    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](2, 3, 2, stride=2, padding=1)
-    x = noise(*[4] * batched, 2, *[5] * dims)
-    ss = sites(conv)
+def test_wanda_takes_no_convolution(dims, groups, batched):
+    "By definition: what every weight sees, found by asking the convolution itself, one tap at a time."
+    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](2, 4, 2, stride=2, padding=1, groups=groups, bias=False)
+    x, ss = noise(*[3] * batched, 2, *[5] * dims), sites(conv)
     collect(conv, ss, [x], ['in_norm'])
-    probe = copy.deepcopy(conv)
-    for w in torch.eye(2 * 2**dims).reshape(-1, 2, *[2] * dims): # one tap at a time
-        probe.weight.data[:], probe.bias.data[:] = w, 0
-        seen = probe(x)[:, 0] if batched else probe(x)[0]
-        got = ss[0].stats['in_norm'][0][w.bool()].item()
-        assert got == pytest.approx((seen.square().sum() / (4 if batched else 1)).sqrt().item(), rel=1e-5)
+    got = ss[0].stats['in_norm'].expand(conv.weight.shape)
+    for tap in torch.eye(got[0].numel()).reshape(-1, *got[0].shape):
+        conv.weight.data[:] = tap
+        seen = conv(x if batched else x[None]).square().sum((0, *range(2, dims + 2))) / (3 if batched else 1)
+        assert torch.allclose(got[:, tap.bool()].flatten(), seen.sqrt(), rtol=1e-5)
 
 
 def test_tied_weights_are_pruned_twice():

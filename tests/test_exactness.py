@@ -377,7 +377,7 @@ def test_erk_is_in_proportion(ss, sparsity):
     raw = {s.name: sum(s.shape) / s.numel for s in ss}
     rest = [s for s in ss if ratios[s.name] > 0]
     if not rest: return
-    keep = sum(s.numel for s in rest) * (1 - 0) - sum(gone_from(rest, ratios))
+    keep = sum(s.numel for s in rest) - sum(gone_from(rest, ratios))
     eps = keep / sum(raw[s.name] * s.numel for s in rest)
     for s in rest: assert abs((1 - ratios[s.name]) * s.numel - eps * raw[s.name] * s.numel) <= len(ss)
     for s in ss:
@@ -441,12 +441,22 @@ def signed(site: Site) -> Tensor: return site.weight
 @modest
 @given(st.data())
 def test_signed_scores(data):
-    "Movement and GraSP rank by sign: −0 equals 0, and the most negative goes first."
-    w, sparsity = data.draw(shapes().flatmap(weights)), data.draw(SPARSITIES)
-    site = planted(w)
+    "Movement and GraSP rank by sign: −0 equals 0, the most negative goes first, and padding goes before it."
+    w, p = data.draw(shapes().flatmap(weights)), data.draw(SINGLE)
+    site, sparsity = planted(w), data.draw(SPARSITIES) if p.sparsity is None else p.sparsity
+    if not fits(p, tuple(w.shape), sparsity): return
     site.sparsity = sparsity
-    with patch.object(patterns, 'slabs', partial(core.slabs, weights=9)): keep_best(signed)(site, unstructured())
-    assert torch.equal(site.mask, by_definition(w, unstructured(), sparsity))
+    with patch.object(patterns, 'slabs', partial(core.slabs, weights=9)): keep_best(signed)(site, p)
+    assert torch.equal(site.mask, by_definition(w, p, sparsity))
+
+
+def test_padding_goes_first():
+    "Also before the most negative score: a group that is half padding keeps all that it has."
+    w = -torch.arange(1., 13).reshape(2, 6)
+    assert nm(2, 4, tail='pad').select(w).int().tolist() == [[1, 1, 0, 0, 1, 1]] * 2
+    assert nm(2, 4, tail='dense').select(w).int().tolist() == [[1, 1, 0, 0, 1, 1]] * 2
+    assert nm(1, 4, tail='pad').select(w).int().tolist() == [[1, 0, 0, 0, 1, 0]] * 2
+    assert nm(1, 4, axis='out', tail='pad').select(w).int().tolist() == [[1] * 6, [0] * 6]
 
 
 def test_random_is_exact_too():

@@ -50,7 +50,7 @@ print(json.dumps(out))
 
 def measure(shapes: list[tuple[int, ...]], dtype: str, *names: str) -> dict[str, dict]:
     "Bytes beyond the model at the peak, after each way of pruning in turn."
-    done = subprocess.run([sys.executable, '-c', PROBE, json.dumps([shapes, dtype, names])], env=dict(os.environ, PYTHONPATH=f"{os.environ.get('PYTHONPATH', '')}:{ROOT}"),
+    done = subprocess.run([sys.executable, '-P', '-c', PROBE, json.dumps([shapes, dtype, names])], env=dict(os.environ, PYTHONPATH=f"{os.environ.get('PYTHONPATH', '')}:{ROOT}"),
                           capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..patterns import nm_keep
+import sparse_workbench.patterns  # noqa: F401  defines the operator
 
 # %% ../../nbs/api/31_nm.ipynb #3fab02af
 @triton.jit(do_not_specialize=['keep'])
@@ -70,7 +70,7 @@ def nm_keep_kernel(scores: Tensor, # (groups, size), size at most 16; float16, b
     _check(scores, keep, scores.size(1))
     return _launch(scores.contiguous(), keep, scores.size(1), False)
 
-nm_keep.register_kernel('cuda', nm_keep_kernel)
+torch.library.impl('sparse_workbench::nm_keep', 'cuda', nm_keep_kernel)
 
 # %% ../../nbs/api/31_nm.ipynb #fda80492
 def nm_mask_magnitude(weight: Tensor, # (out, in), a float weight; `of` divides in
