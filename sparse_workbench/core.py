@@ -40,7 +40,9 @@ class Site:
     stats: dict[str, Tensor] = field(default_factory=dict)  # what calibration collected, by name
 
     def of(self, t: Tensor) -> Tensor: # the logical view of a tensor shaped like the parameter: gradient, optimizer state
-        return self.view(local(t.detach()))[slice(*self.rows)]
+        x = local(t).detach()
+        if self.view is not Tensor.detach: x = self.view(x)
+        return x if self.rows == (0, None) else x[slice(*self.rows)]
     @property
     def parameter(self) -> nn.Parameter: return getattr(self.module, self.param)
     @property

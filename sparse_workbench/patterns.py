@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern', 'fold', 'unfold', 'unstructured', 'per_row', 'nm',
            'block', 'row', 'col', 'channel', 'head', 'pattern', 'asked', 'drops', 'nm_keep', 'row_keep', 'ordered',
-           'unordered', 'Cut', 'threshold', 'above', 'keep_top', 'row_unit', 'check_scores', 'scan', 'check_shard',
-           'masks']
+           'unordered', 'Cut', 'threshold', 'above', 'sorted_keep', 'keep_top', 'row_unit', 'check_scores', 'scan',
+           'check_shard', 'masks']
 
 # %% ../nbs/api/12_patterns.ipynb #43afa96b
 import re
@@ -300,7 +300,15 @@ def above(scores: Tensor, # any shape
     if n > ties: on &= (on.reshape(-1).cumsum(0) <= ties).reshape(on.shape)
     return keep | on, max(0, ties - n)
 
-# %% ../nbs/api/12_patterns.ipynb #444093f0
+# %% ../nbs/api/12_patterns.ipynb #2fa33918
+def sorted_keep(scores: Tensor, # (1, size)
+                drop: int) -> Tensor: # bool
+    "Keep the best of one long group by sorting; ties go to the first."
+    edge = scores.sort(dim=1).values[:, drop:drop + 1]
+    keep, ties = scores > edge, scores == edge
+    return keep | (ties & (ties.cumsum(1) <= scores.size(1) - drop - keep.sum(1, keepdim=True)))
+
+# %% ../nbs/api/12_patterns.ipynb #660df4c4
 def keep_top(folded: Tensor, # (groups, tiles in a group)
              drop: int | Tensor, # tiles to drop from every group, or from each
              ) -> Tensor: # bool, like `folded`
@@ -311,10 +319,11 @@ def keep_top(folded: Tensor, # (groups, tiles in a group)
         for n in drop.unique().tolist(): out[drop == n] = keep_top(folded[drop == n], n)
         return out
     if drop <= 0 or drop >= size or not groups: return torch.full_like(folded, drop <= 0, dtype=torch.bool)
+    if groups == 1 and folded.is_cuda: return sorted_keep(folded, drop)
     if groups == 1: return above(folded, *threshold(lambda: ((0, f, 1) for f in folded.reshape(-1).split(2**20)), drop)[:2])[0]
     return nm_keep(folded, size - drop) if size <= 16 else row_keep(folded, drop)
 
-# %% ../nbs/api/12_patterns.ipynb #935a177d
+# %% ../nbs/api/12_patterns.ipynb #6d9ea62b
 def row_unit(p: Pattern) -> int: # rows that must stay together, 0 = all of them
     "A slab may be cut between multiples of this many rows."
     if p.tile[0] == -1 or (p.group[0] == -1 and p.group[1] != -1): return 0
@@ -338,7 +347,7 @@ def scan(site: Site, # the weight
     unit = row_unit(p) if getattr(score, 'rowwise', False) else 0
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
-# %% ../nbs/api/12_patterns.ipynb #7eb3d1a5
+# %% ../nbs/api/12_patterns.ipynb #2d99cdea
 def check_shard(site: Site, p: Pattern) -> None:
     "ValueError when the pattern compares weights that lie on different ranks."
     places = getattr(site.parameter, 'placements', ())
@@ -348,7 +357,7 @@ def check_shard(site: Site, p: Pattern) -> None:
             raise ValueError(f"{site.name} is sharded as {places} and {p!r} compares across shards: "
                              f"use a pattern inside rows, such as nm(2, 4) or per_row(), on weights sharded by rows")
 
-# %% ../nbs/api/12_patterns.ipynb #6d9ea62b
+# %% ../nbs/api/12_patterns.ipynb #a7fe36de
 def masks(site: Site, # the weight
           score: Callable[[Site], Tensor], # criterion: larger = more important
           p: Pattern,
@@ -358,7 +367,7 @@ def masks(site: Site, # the weight
     "The mask of a weight, a slab at a time. Memory: a few slabs, when criterion and pattern work inside rows."
     check_shard(site, p)
     g, first = geometry(p, tuple(site.shape)), 0
-    if p.group != (-1, -1):
+    if p.group != (-1, -1) or cut is None and site.weight.is_cuda and site.numel <= 2**26:
         for s, f in scan(site, score, p):
             yield s, p.unfold(keep_top(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)
             first += len(f)

@@ -386,21 +386,23 @@ def worker(rank: int, world: int, port: int, jobs: list[str], folder: str) -> No
         for j in jobs:
             kind, _, method = j.partition(' ')
             torch.save(JOBS[kind](method, rank, world), f'{folder}/{j} {rank}.pt')
+        dist.barrier()
     finally: dist.destroy_process_group()
 
 
 SHARDED = dict(
     static=lambda ss: Sparsifier(ss, keep_best(random), pattern='per_row', sparsity=.75), sr_ste=METHODS['sr_ste'],
     per_row=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=cubic(0, .75, 4), when=every(4)), decay=METHODS['decay'],
-    awkward=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=.55), half=METHODS['nm'],
+    awkward=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=.55), half=METHODS['nm'], odd=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=cubic(0, .7, 4)),
 )
-WIDE = (16, 32, 24, 8)
+WIDE, ODD = (16, 32, 24, 8), (16, 5, 1)     # of ODD, the second process has two rows of the first layer and none of the last
 
 
 def loop(model: nn.Module, opt: torch.optim.Optimizer, parts: int = 1, part: int = 0) -> None:
     for t in range(6):
         x = data(t).chunk(parts)[part]
-        (model(x) - x[:, :8].sin()).square().mean().backward()
+        out = model(x)
+        (out - x[:, :out.size(1)].sin()).square().mean().backward()
         opt.step()
         opt.zero_grad()
 
@@ -422,18 +424,18 @@ def ddp(method: str, rank: int, world: int) -> dict:
     return snapshot((model, opt, sp, None))
 
 
-def sharded() -> nn.Module:
+def sharded(sizes: tuple[int, ...] = WIDE) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    model = mlp(WIDE)
+    model = mlp(sizes)
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
-    for layer in (model[0], model[2], model[4]): fully_shard(layer, mesh=mesh)
+    for layer in model[::2]: fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
 
 def fsdp(method: str, rank: int, world: int) -> dict:
-    model = sharded()
+    model = sharded(ODD if method == 'odd' else WIDE)
     opt = torch.optim.SGD(model.parameters(), .1, momentum=.9)
     sp = SHARDED[method](sites(model)).attach(opt)
     loop(model, opt, world, rank)
@@ -443,15 +445,17 @@ def fsdp(method: str, rank: int, world: int) -> dict:
 
 def shards(method: str, rank: int, world: int) -> dict:
     "One-shot pruning of shards: the weights, or what was said."
-    model = sharded()
+    sizes = ODD if method.startswith('odd') else WIDE
+    model = sharded(sizes)
     try: prune(model, **PRUNED[method])
-    except ValueError as e: return dict(error=str(e), untouched=all(full(a).equal(b) for a, b in zip(model.parameters(), mlp(WIDE).parameters())))
+    except ValueError as e: return dict(error=str(e), untouched=all(full(a).equal(b) for a, b in zip(model.parameters(), mlp(sizes).parameters())))
     return {k: full(v) for k, v in model.state_dict().items()}
 
 
 JOBS = dict(ddp=ddp, fsdp=fsdp, shards=shards)
 PRUNED: dict[str, dict] = dict(nm=dict(pattern='2:4'), per_row=dict(sparsity=.75, pattern='per_row'), awkward=dict(sparsity=.55, pattern='per_row'),
-                               random=dict(sparsity=.75, pattern='per_row', score=random), out=dict(pattern=nm(2, 4, 'out')), balanced=dict(sparsity=.5, pattern=block(4, balanced=True)),
+                               random=dict(sparsity=.75, pattern='per_row', score=random), odd=dict(sparsity=.5, pattern='per_row'), odd_random=dict(sparsity=.3, pattern='per_row', score=random),
+                               out=dict(pattern=nm(2, 4, 'out')), balanced=dict(sparsity=.5, pattern=block(4, balanced=True)),
                                unstructured=dict(sparsity=.5), all=dict(sparsity=.5, pattern='per_row', allocate=global_), col=dict(sparsity=.5, pattern='col'))
 REFUSED = ('unstructured', 'all', 'col')
 DDP = ('gmp', 'sr_ste', 'static', 'gmp_global')
@@ -472,12 +476,12 @@ def compare(job: str, got: dict) -> None:
     if kind == 'shards' and method in REFUSED:
         assert got['untouched'] and 'compares across shards: use a pattern inside rows, such as nm(2, 4) or per_row()' in got['error']
     elif kind == 'shards':
-        model = mlp(WIDE)
+        model = mlp(ODD if method.startswith('odd') else WIDE)
         prune(model, **PRUNED[method])
         assert 'error' not in got, got
         assert_same(dict(model.state_dict()), got)
     else:
-        one = made((METHODS if kind == 'ddp' else SHARDED)[method], sgd, partial(mlp, WIDE))
+        one = made((METHODS if kind == 'ddp' else SHARDED)[method], sgd, partial(mlp, ODD if method == 'odd' else WIDE))
         loop(*one[:2])
         near(got, snapshot(one))
 
