@@ -17,3 +17,5 @@ from .schedules import constant, cosine, cubic, cyclic, every, geometric, linear
 from .scores import criterion, fisher, gradient, grasp, magnitude, movement, noise, random, ria, saliency, synflow, taylor, wanda
 from .sparsifier import Sparsifier
 from .stats import Calibration, class_loss, collect, next_token_loss
+
+if __import__("torch").cuda.is_available(): from .kernels import nm as _nm  # its kernels take over on a GPU

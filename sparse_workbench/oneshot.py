@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .allocation import Allocate, explicit, uniform
-from .core import Report, Site, Sites, check_finite, report, sites, zeros
+from .core import Report, Site, Sites, check_finite, masked_, report, sites, zeros
 from .patterns import Pattern, asked, check_shard, drops, geometry, masks, pattern as read_pattern, scan, threshold, unstructured
 from .rules import Rule, apply_mask
 from .scores import Score, magnitude
@@ -37,8 +37,8 @@ def cut_site(site: Site, score: Score, p: Pattern, sparsity: float, cut: tuple[f
     with torch.no_grad():
         for s, m in masks(site, score, p, sparsity, cut):
             w = s.weight
-            w.masked_fill_(~m, 0)
-            n += w.numel() - int(torch.count_nonzero(w))
+            masked_(w, m)
+            n += int((w == 0).sum())
     return n
 
 # %% ../nbs/api/25_oneshot.ipynb #508b0bfa

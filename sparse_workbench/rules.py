@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .core import Site
+from .core import Site, masked_
 from .patterns import Pattern, masks
 from .scores import Score, magnitude
 
@@ -29,4 +29,5 @@ def keep_best(score: Score = magnitude, # criterion: larger = more important
 # %% ../nbs/api/20_rules.ipynb #6a3d6106
 def apply_mask(site: Site) -> None:
     "Zero the weights outside `site.mask`, in place, in the model."
-    with torch.no_grad(): site.weight.masked_fill_(~site.mask, 0) # type: ignore[operator]
+    assert site.mask is not None, f"{site.name} has no mask"
+    masked_(site.weight, site.mask)

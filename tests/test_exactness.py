@@ -21,7 +21,7 @@ from sparse_workbench.rules import keep_best
 from sparse_workbench.scores import criterion, magnitude, random, ria, wanda
 from sparse_workbench.testing import check_mask, planted
 
-settings.register_profile('modest', max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile('modest', max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.register_profile('deep', max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 modest = settings(settings.get_profile(os.environ.get('HYPOTHESIS_PROFILE', 'modest')))
 
