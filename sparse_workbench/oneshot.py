@@ -23,6 +23,7 @@ from .stats import collect
 def find_cut(site: Site, score: Score, p: Pattern, sparsity: float) -> tuple[float, int] | None:
     "Check one site and find its threshold; None for patterns that decide inside rows."
     check_shard(site, p)
+    if not site.numel: return None
     g = geometry(p, tuple(site.shape))
     size = g.nr * g.k * g.nc if p.group == (-1, -1) else g.gr * g.gc
     drop = drops(p, 1, size, sparsity)

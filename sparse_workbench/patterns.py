@@ -24,7 +24,7 @@ def cells(x: Tensor, # (out, in, *kernel)
           layout: str, # 'channels_last', 'flat' or 'kernel'
           ) -> Tensor: # (out, positions, cells)
     "Lay a weight or its scores out so that neighbours along the last axis are neighbours in the pattern."
-    x = x.reshape(x.size(0), x.size(1), -1)
+    x = x.reshape(x.size(0), x.size(1), torch.Size(x.shape[2:]).numel())
     if layout == 'kernel': return x.sum(2).unsqueeze(1) if x.size(2) > 1 else x.transpose(1, 2)
     return x.transpose(1, 2) if layout == 'channels_last' else x.reshape(x.size(0), 1, -1)
 
@@ -76,14 +76,14 @@ class Pattern:
     layout: str = 'channels_last'       # 'channels_last', 'flat' or 'kernel'
     tail: str = 'raise'                 # what to do with an axis that does not divide: 'raise', 'pad' or 'dense'
     sparsity: float | None = None       # the only sparsity it stands for, as in 2:4; None = any
-    name: str = 'Pattern'
+    name: str = ''                      # how it prints
 
     def __post_init__(self):
         if self.layout not in ('channels_last', 'flat', 'kernel'): raise ValueError(f"layout {self.layout!r}: use 'channels_last', 'flat' or 'kernel'")
         if self.tail not in ('raise', 'pad', 'dense'): raise ValueError(f"tail {self.tail!r}: use 'raise', 'pad' or 'dense'")
         for x in (*self.tile, *self.group):
             if not isinstance(x, int) or (x < 1 and x != -1): raise ValueError(f"{self.name}: sizes are positive integers, or -1 for the whole axis, not {x!r}")
-    def __repr__(self): return self.name
+    def __repr__(self): return self.name or f'Pattern({self.tile}, {self.group}, {self.layout!r}, {self.tail!r})'
     @property
     def fixed(self) -> bool: # groups of one fixed size, which must all hold exactly the same share
         return self.group[0] > 0 and self.group[1] > 0
@@ -92,6 +92,7 @@ class Pattern:
     def unfold(self, keep: Tensor, shape: Iterable[int]) -> Tensor: # bool (groups, tiles in a group) -> mask of that shape
         return unfold(self, keep, tuple(shape))
     def select(self, scores: Tensor, sparsity: float | None = None) -> Tensor: # scores (out, in, *kernel) -> mask like them, True = kept
+        if not scores.numel(): return torch.ones_like(scores, dtype=torch.bool)
         f = self.fold(scores)
         return self.unfold(keep_top(f, drops(self, f.size(0), f.size(1), asked(self if sparsity is None else Pattern(), sparsity))), scores.shape)
 
@@ -153,7 +154,7 @@ def block(rows: int, # height of a block, in outputs
           tail: str = 'raise') -> Pattern:
     "Blocks stay or go whole."
     cols = rows if cols is None else cols
-    return Pattern((rows, cols), (1, -1) if balanced else (-1, -1), tail=tail, name=f"block({rows}, {cols}{', balanced=True' * balanced})")
+    return Pattern((rows, cols), (1, -1) if balanced else (-1, -1), tail=tail, name=f"block({rows}, {cols}{', balanced=True' * balanced}{f', tail={tail!r}' * (tail != 'raise')})")
 
 def row() -> Pattern:
     "Whole outputs: rows of a Linear weight, filters of a convolution."
@@ -372,6 +373,9 @@ def masks(site: Site, # the weight
           ) -> Iterator[tuple[Site, Tensor]]: # (slab, its mask)
     "The mask of a weight, a slab at a time. Memory: a few slabs, when criterion and pattern work inside rows."
     check_shard(site, p)
+    if not site.numel:
+        yield site, torch.ones(site.shape, dtype=torch.bool, device=site.weight.device)
+        return
     g, first = geometry(p, tuple(site.shape)), 0
     if p.group != (-1, -1) or cut is None and site.weight.is_cuda and site.numel <= 2**26:
         for s, f in scan(site, score, p):

@@ -50,7 +50,7 @@ def forget(optimizer: torch.optim.Optimizer, site: Site, born: Tensor) -> None: 
 
 def check_all_finite(ss: Sequence[Site]) -> None:
     "check_finite of many sites, waiting for the device once."
-    if not torch.stack([n.double() for n in torch._foreach_norm([s.weight for s in ss], torch.inf)]).isfinite().all():
+    if any(s.weight.is_meta for s in ss) or not torch.stack([n.double() for n in torch._foreach_norm([s.weight for s in ss], torch.inf)]).isfinite().all():
         for s in ss: check_finite(s)
 
 def choose(sp: 'Sparsifier') -> None:
@@ -85,8 +85,9 @@ def leave(sp: 'Sparsifier') -> None:
         if sp.flow.decay is not None:
             for s in sp.sites: put(s.weight, sp.flow.decay(s.weight, kept(s), sp.t))
         sp.t += 1
-        if sp.when(sp.t): choose(sp)
-    show(sp)
+        try:
+            if sp.when(sp.t): choose(sp)
+        finally: show(sp)
 
 # %% ../nbs/api/23_sparsifier.ipynb #7ee6ecb3
 def around(sp: 'Sparsifier', closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -146,6 +147,9 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
         if both := {id(s.parameter) for s in sp.sites} & {id(s.parameter) for s in other.sites}:
             raise ValueError(f"{next(s.name for s in sp.sites if id(s.parameter) in both)} is in another sparsifier on this optimizer: detach() that one first")
     sp.optimizer = optimizer
+    with torch.no_grad():
+        for s in sp.sites:
+            if s.latent is not None: s.weight.copy_(s.latent)      # a state that was loaded before
     if sp.when(sp.t) or any(s.mask is None for s in sp.sites): first_masks(sp)
     show(sp)
     post = lambda *_: leave(sp)
