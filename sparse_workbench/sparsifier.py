@@ -156,6 +156,7 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
     post.sparsifier = sp # type: ignore[attr-defined]
     sp.hooks = [optimizer.register_step_pre_hook(lambda o, a, k: before_step(sp, o, a, k)), optimizer.register_step_post_hook(post)]
 
+# %% ../nbs/api/23_sparsifier.ipynb #f1a5b0c2
 def first_masks(sp: Sparsifier) -> None:
     "The masks at attach: the rule's when it is time, else everything is kept."
     for s in sp.sites:

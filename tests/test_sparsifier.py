@@ -17,7 +17,7 @@ from sparse_workbench.oneshot import prune
 from sparse_workbench.patterns import Pattern, block, nm, unstructured
 from sparse_workbench.rules import keep_best
 from sparse_workbench.schedules import cubic, cyclic, every, once, steps
-from sparse_workbench.scores import magnitude, random
+from sparse_workbench.scores import gradient, magnitude, random
 from sparse_workbench.sparsifier import Sparsifier
 from sparse_workbench.stats import next_token_loss
 from sparse_workbench.testing import (
@@ -25,10 +25,22 @@ from sparse_workbench.testing import (
     tiny_gpt2, train, zeros_outside,
 )
 
+def drop_and_grow(site: Site, p: Pattern) -> None:
+    "A fifth of the kept weights goes, the smallest; as many come back, where the gradient is largest. The start is random."
+    if site.grad is None: return keep_best(random)(site, p)
+    keep = site.mask.flatten()
+    n = max(1, int(keep.sum()) // 5)
+    w, g = site.weight.abs().flatten(), gradient(site).flatten()
+    lose = w.masked_fill(~keep, float('inf')).topk(n, largest=False).indices
+    gain = g.masked_fill(keep, -1.).topk(n).indices
+    site.mask = keep.index_fill(0, lose, False).index_fill(0, gain, True).reshape(site.shape)
+
+
 METHODS: dict[str, Callable[[list], Sparsifier]] = dict(
     static=lambda ss: Sparsifier(ss, keep_best(random), allocate=erk, sparsity=.8),
     gmp=lambda ss: Sparsifier(ss, sparsity=cubic(0, .9, 5)),
     gmp_global=lambda ss: Sparsifier(ss, sparsity=cubic(.1, .9, 5), allocate=global_, when=every(2)),
+    grow=lambda ss: Sparsifier(ss, drop_and_grow, sparsity=.8, when=every(1)),
     acdc=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=cyclic(.75, 2)),
     blocks=lambda ss: Sparsifier(ss, pattern=block(4), sparsity=cubic(0, .5, 4)),
     ste=lambda ss: Sparsifier(ss, sparsity=.7, flow=ste),
@@ -314,7 +326,7 @@ def test_an_error_in_a_closure_leaves_a_sparse_model():
 
 # Stopping and going on
 
-@pytest.mark.parametrize('method', ['static', 'gmp', 'ste', 'sr_ste', 'acdc'])
+@pytest.mark.parametrize('method', ['static', 'gmp', 'ste', 'sr_ste', 'acdc', 'grow'])
 @pytest.mark.parametrize('order', ['attach, load', 'load, attach'])
 def test_resume_in_either_order(method, order):
     straight, first = made(method), made(method)
