@@ -1,6 +1,7 @@
 """What sparse training costs beside dense training: whole training steps of a small and of a 125-million-parameter decoder.
 
-    python benchmarks/sparsifier.py                 both models on CUDA: bfloat16 autocast, compiled, fused AdamW
+    python benchmarks/sparsifier.py                 on CUDA both models: bfloat16 autocast, compiled, fused AdamW
+    python benchmarks/sparsifier.py --device cpu --no-compile --steps 5     on a CPU the embedded model with 2,048 tokens
     python benchmarks/sparsifier.py --tiny          seconds on a CPU, to see that it runs; the numbers mean nothing
 
 Blocks of 100 steps of all kinds take turns on the same model; a kind's speed is its median block. `gmp` is gradual magnitude
@@ -25,16 +26,18 @@ from sparse_workbench.schedules import cubic, every
 from sparse_workbench.sparsifier import Sparsifier
 from sparse_workbench.zoo import Llama, LlamaConfig
 
+EMBEDDED = LlamaConfig(4096, 256, 640, 7, 4, 2, 64)
 MODELS = {
-    'embedded': (LlamaConfig(4096, 256, 640, 7, 4, 2, 64), 128, 512),
+    'embedded': (EMBEDDED, 128, 512),
     '125M': (LlamaConfig(50304, 768, 2048, 12, 12, 12, 64, max_position_embeddings=1024), 32, 1024),
+    'embedded, 2048 tokens': (EMBEDDED, 8, 256),
 }
-TINY = replace(MODELS['embedded'][0], vocab_size=128, num_hidden_layers=2, hidden_size=64, intermediate_size=128), 2, 32
+TINY = replace(EMBEDDED, vocab_size=128, num_hidden_layers=2, hidden_size=64, intermediate_size=128), 2, 32
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    "Mean next-token loss in bfloat16 autocast."
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    "Mean next-token loss; on CUDA in bfloat16 autocast."
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
@@ -112,7 +115,7 @@ def compare(name: str, config: LlamaConfig, size: int, length: int, a: argparse.
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--models', default=','.join(MODELS))
+    p.add_argument('--models', nargs='+', choices=MODELS, help='default: the first two on CUDA, the small batch on a CPU')
     p.add_argument('--steps', type=int, default=100, help='in a block')
     p.add_argument('--blocks', type=int, default=3)
     p.add_argument('--no-peer', action='store_true')
@@ -121,7 +124,7 @@ def main() -> None:
     p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
     a = p.parse_args()
     torch.set_float32_matmul_precision('high')
-    chosen = dict(tiny=TINY) if a.tiny else {n: MODELS[n] for n in a.models.split(',')}
+    chosen = dict(tiny=TINY) if a.tiny else {n: MODELS[n] for n in a.models or (list(MODELS)[:2] if a.device == 'cuda' else list(MODELS)[2:])}
     rows, head = [], header(a.device, compiled=a.compile, steps=a.steps)
     for n, m in chosen.items():
         rows += compare(n, *m, a)

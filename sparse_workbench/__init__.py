@@ -1,6 +1,8 @@
 "A workbench for neural-network sparsity: sites, criteria, patterns, allocations, schedules, rules, flows, curves, runs."
 __version__ = "0.1.0"
 
+import torch as _torch
+
 from . import recipes, zoo
 from .allocation import er, erk, explicit, global_, lamp, owl, uniform
 from .core import Report, Site, sites
@@ -18,4 +20,4 @@ from .scores import criterion, fisher, gradient, grasp, magnitude, movement, noi
 from .sparsifier import Sparsifier
 from .stats import Calibration, class_loss, collect, next_token_loss
 
-if __import__("torch").cuda.is_available(): from .kernels import nm as _nm  # its kernels take over on a GPU
+if _torch.cuda.is_available(): from .kernels import nm as _nm  # its kernels take over on a GPU

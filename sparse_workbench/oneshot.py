@@ -28,7 +28,7 @@ def find_cut(site: Site, score: Score, p: Pattern, sparsity: float) -> tuple[flo
     size = g.nr * g.k * g.nc if p.group == (-1, -1) else g.gr * g.gc
     drop = drops(p, 1, size, sparsity)
     if p.group == (-1, -1) and 0 < int(drop) < size:
-        return threshold(lambda: ((0, f, 1) for _, f in scan(site, score, p)), int(drop))[:2]
+        return threshold(lambda: ((f, 1) for _, f in scan(site, score, p)), int(drop))
     for _ in scan(site, score, p): pass
     return None
 

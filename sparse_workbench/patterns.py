@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPS', 'cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern', 'fold', 'unfold', 'unstructured', 'per_row',
            'nm', 'block', 'row', 'col', 'channel', 'head', 'pattern', 'asked', 'drops', 'nm_keep_pairs', 'nm_keep',
-           'row_keep', 'ordered', 'unordered', 'Cut', 'threshold', 'above', 'sorted_keep', 'keep_top', 'row_unit',
-           'check_scores', 'scan', 'check_shard', 'masks']
+           'row_keep', 'ordered', 'unordered', 'Cut', 'threshold', 'count', 'above', 'sorted_keep', 'keep_top',
+           'row_unit', 'check_scores', 'scan', 'check_shard', 'masks']
 
 # %% ../nbs/api/12_patterns.ipynb #43afa96b
 import re
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Site, check_finite, slabs
+from .core import Site, bits, check_finite, slabs
 
 # %% ../nbs/api/12_patterns.ipynb #795222a1
 def cells(x: Tensor, # (out, in, *kernel)
@@ -25,8 +25,8 @@ def cells(x: Tensor, # (out, in, *kernel)
           ) -> Tensor: # (out, positions, cells)
     "Lay a weight or its scores out so that neighbours along the last axis are neighbours in the pattern."
     x = x.reshape(x.size(0), x.size(1), torch.Size(x.shape[2:]).numel())
-    if layout == 'kernel': return x.sum(2).unsqueeze(1) if x.size(2) > 1 else x.transpose(1, 2)
-    return x.transpose(1, 2) if layout == 'channels_last' else x.reshape(x.size(0), 1, -1)
+    if layout == 'kernel' and x.size(2) > 1: return x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32)).unsqueeze(1)
+    return x.flatten(1).unsqueeze(1) if layout == 'flat' else x.transpose(1, 2)
 
 def uncells(m: Tensor, # (out, positions, cells)
             shape: Iterable[int], # (out, in, *kernel)
@@ -63,7 +63,7 @@ def geometry(p: 'Pattern', shape: tuple[int, ...]) -> Geometry:
     for n in shape[2:]: kernel *= n
     k, inner = (kernel, inp) if p.layout == 'channels_last' else (1, inp * kernel if p.layout == 'flat' else inp)
     if p.tile[1] == -1: k, inner = 1, k * inner
-    r, c = (out if p.tile[0] == -1 else p.tile[0]), (inner if p.tile[1] == -1 else p.tile[1])
+    r, c = (max(1, out) if p.tile[0] == -1 else p.tile[0]), (max(1, inner) if p.tile[1] == -1 else p.tile[1])
     (nr, pr), (nc, pc) = along(p, shape, 'out', out, r, p.group[0]), along(p, shape, 'in', inner, c, p.group[1])
     return Geometry(r, c, nr, nc, pr if p.group[0] == -1 else p.group[0], k * pc if p.group[1] == -1 else p.group[1], pr, pc, k)
 
@@ -101,7 +101,7 @@ def fold(p: Pattern, scores: Tensor) -> Tensor:
     "(out, in, *kernel) -> (groups, tiles in a group), with scores summed inside a tile."
     g = geometry(p, tuple(scores.shape))
     m = cells(scores, p.layout)
-    if p.tile[1] == -1: m = m.reshape(m.size(0), 1, -1)
+    if p.tile[1] == -1: m = m.flatten(1).unsqueeze(1)
     m = m[:g.nr * g.r, :, :g.nc * g.c]
     short = g.nr * g.r - m.size(0), g.nc * g.c - m.size(2)
     if any(short): m = torch.nn.functional.pad(m, (0, short[1], 0, 0, 0, short[0]))
@@ -114,6 +114,7 @@ def fold(p: Pattern, scores: Tensor) -> Tensor:
 def unfold(p: Pattern, keep: Tensor, shape: tuple[int, ...]) -> Tensor:
     "Undo `fold` for a bool answer: every weight gets the verdict of its tile; what was left out of the groups is kept."
     g = geometry(p, shape)
+    if p.tile == (1, 1) and shape == (g.nr, g.nc) == (g.pr, g.pc) and 1 in (g.gr, g.pc // max(1, g.gc)): return keep.reshape(shape).contiguous()
     inner = shape[1] if p.layout == 'kernel' or p.layout == 'channels_last' and p.tile[1] != -1 else torch.Size(shape[1:]).numel()
     m = torch.ones(shape[0], g.k, inner, dtype=torch.bool, device=keep.device)
     if keep.numel():
@@ -121,7 +122,7 @@ def unfold(p: Pattern, keep: Tensor, shape: tuple[int, ...]) -> Tensor:
         if g.r > 1: t = t.repeat_interleave(g.r, 0)
         if g.c > 1: t = t.repeat_interleave(g.c, 2)
         m[:g.nr * g.r, :, :g.nc * g.c] = t[:shape[0], :, :inner]
-    if p.tile[1] == -1 and p.layout == 'channels_last': m = m.reshape(shape[0], -1, shape[1])
+    if p.tile[1] == -1 and p.layout == 'channels_last': m = m.reshape(shape[0], inner // max(1, shape[1]), shape[1])
     return uncells(m, shape, p.layout)
 
 # %% ../nbs/api/12_patterns.ipynb #cb6786b9
@@ -253,61 +254,56 @@ def row_keep(scores: Tensor, # (groups, size)
 # %% ../nbs/api/12_patterns.ipynb #151b4ae8
 def ordered(x: Tensor) -> Tensor: # integers of the same width whose order is the order of the floats; -0 equals 0
     "The bits of a float as a sortable integer."
-    i = (x + 0.).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-    bits = 8 * x.element_size()
-    return i ^ ((i >> (bits - 1)) & (2**(bits - 1) - 1))
+    i, sign = bits(x + 0.), 8 * x.element_size() - 1
+    return i ^ ((i >> sign) & (2**sign - 1))
 
 def unordered(key: int, dtype: torch.dtype) -> float:
     "The float that `ordered` turned into this integer."
-    bits = torch.finfo(dtype).bits
-    i = torch.tensor(key if key >= 0 else key ^ (2**(bits - 1) - 1), dtype={16: torch.int16, 32: torch.int32, 64: torch.int64}[bits])
-    return i.view(dtype).item()
+    i = bits(torch.empty((), dtype=dtype))
+    return i.fill_(key if key >= 0 else key ^ (2**(8 * i.element_size() - 1) - 1)).view(dtype).item()
 
 # %% ../nbs/api/12_patterns.ipynb #2d629bd8
 class Cut(NamedTuple):
-    "Where a ranking is cut, and how its members stand to it."
-    value: float            # what lies above stays, what lies below goes
-    ties: int               # of what lies on it, so much stays (in units of cost)
-    below: dict[Any, int]   # by member: how many lie below
-    on: dict[Any, int]      # by member: how many lie on the cut
+    "Where a ranking is cut."
+    value: float    # what lies above stays, what lies below goes
+    ties: int       # of what lies on it, so much stays (in units of cost)
 
-def threshold(chunks: Callable[[], Iterable[tuple[Any, Tensor, int]]], # gives the same (member, scores, cost of each) at every call; one float dtype
+def threshold(chunks: Callable[[], Iterable[tuple[Tensor, int]]], # gives the same (scores, cost of each) at every call; one float dtype
               drop: int, # the cost that is to go; 0 < drop < total
               ) -> Cut: # exact
     "The k-th smallest of scores that are never held or sorted at once: a radix select over their bits."
-    prefix, bits, below = 0, 0, {}
+    prefix, known = 0, 0
     while True:
-        hists, costs = {}, {}
-        for member, x, cost in chunks():
+        total = torch.zeros(2**16, dtype=torch.long)
+        for x, cost in chunks():
             k = ordered(x.reshape(-1))
             width, dtype = 8 * k.element_size(), x.dtype
-            if bits: k = k[(k >> (width - bits)) == prefix]
-            digit = (k >> (width - bits - 16)) & 0xffff if bits else (k >> (width - 16)).int() + 2**15
-            h = torch.bincount(digit, minlength=2**16).cpu().int()
-            hists[member], costs[member] = hists[member].add_(h) if member in hists else h, cost
-        total = torch.zeros(2**16, dtype=torch.long)
-        for m, h in hists.items(): total += h.long() * costs[m]
-        total = total.cumsum(0)
-        i = int(torch.searchsorted(total, drop, right=True))
-        drop -= int(total[i - 1]) if i else 0
-        for m, h in hists.items(): below[m] = below.get(m, 0) + int(h[:i].sum())
-        prefix, bits = (prefix << 16) + i if bits else i - 2**15, bits + 16
-        if bits == width:
-            ties = int(total[i] - (total[i - 1] if i else 0)) - drop
-            return Cut(unordered(prefix, dtype), ties, below, {m: int(h[i]) for m, h in hists.items()})
+            if known: k = k[(k >> (width - known)) == prefix]
+            digit = (k >> (width - known - 16)) & 0xffff if known else (k >> (width - 16)).int() + 2**15
+            total.add_(torch.bincount(digit, minlength=2**16).cpu(), alpha=cost)
+        edges = total.cumsum(0)
+        i = int(torch.searchsorted(edges, drop, right=True))
+        drop -= int(edges[i - 1]) if i else 0
+        prefix, known = (prefix << 16) + i if known else i - 2**15, known + 16
+        if known == width: return Cut(unordered(prefix, dtype), int(total[i]) - drop)
 
 # %% ../nbs/api/12_patterns.ipynb #74f11592
+def count(compare: Callable, # torch.lt, torch.eq, …
+          x: Tensor, value: float) -> int:
+    "How many of x stand so to the value."
+    return int(torch.count_nonzero(bits(compare(x.detach(), value, out=torch.empty_like(x)))))
+
 def above(scores: Tensor, # any shape
           value: float, # where to cut
           ties: int, # how many of those equal to `value` may stay
           ) -> tuple[Tensor, int]: # bool like `scores`, and how many more ties may stay after these
     "Keep what lies above the cut, and the first `ties` of what lies on it."
-    keep, on = scores > value, scores == value
-    n = int(on.sum())
-    if n > ties: on &= (on.reshape(-1).cumsum(0) <= ties).reshape(on.shape)
-    return keep | on, max(0, ties - n)
+    n = count(torch.eq, scores, value)
+    if n <= ties: return scores >= value, ties - n
+    on = scores == value
+    return (scores > value) | (on & (on.reshape(-1).cumsum(0) <= ties).reshape(on.shape)), 0
 
-# %% ../nbs/api/12_patterns.ipynb #2fa33918
+# %% ../nbs/api/12_patterns.ipynb #fdffb677
 def sorted_keep(scores: Tensor, # (1, size)
                 drop: int) -> Tensor: # bool
     "Keep the best of one long group by sorting; ties go to the first."
@@ -315,7 +311,7 @@ def sorted_keep(scores: Tensor, # (1, size)
     keep, ties = scores > edge, scores == edge
     return keep | (ties & (ties.cumsum(1) <= scores.size(1) - drop - keep.sum(1, keepdim=True)))
 
-# %% ../nbs/api/12_patterns.ipynb #660df4c4
+# %% ../nbs/api/12_patterns.ipynb #801a9791
 def keep_top(folded: Tensor, # (groups, tiles in a group)
              drop: int | Tensor, # tiles to drop from every group, or from each
              ) -> Tensor: # bool, like `folded`
@@ -327,10 +323,10 @@ def keep_top(folded: Tensor, # (groups, tiles in a group)
         return out
     if drop <= 0 or drop >= size or not groups: return torch.full_like(folded, drop <= 0, dtype=torch.bool)
     if groups == 1 and folded.is_cuda: return sorted_keep(folded, drop)
-    if groups == 1: return above(folded, *threshold(lambda: ((0, f, 1) for f in folded.reshape(-1).split(2**20)), drop)[:2])[0]
+    if groups == 1: return above(folded, *threshold(lambda: ((f, 1) for f in folded.reshape(-1).split(2**20)), drop))[0]
     return nm_keep(folded, size - drop) if size <= 16 else row_keep(folded, drop)
 
-# %% ../nbs/api/12_patterns.ipynb #6d9ea62b
+# %% ../nbs/api/12_patterns.ipynb #54a276ea
 def row_unit(p: Pattern) -> int: # rows that must stay together, 0 = all of them
     "A slab may be cut between multiples of this many rows."
     if p.tile[0] == -1 or (p.group[0] == -1 and p.group[1] != -1): return 0
@@ -354,7 +350,7 @@ def scan(site: Site, # the weight
     unit = row_unit(p) if getattr(score, 'rowwise', False) else 0
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
-# %% ../nbs/api/12_patterns.ipynb #2d99cdea
+# %% ../nbs/api/12_patterns.ipynb #a7fe36de
 def check_shard(site: Site, p: Pattern) -> None:
     "ValueError when the pattern compares weights that lie on different ranks."
     places = getattr(site.parameter, 'placements', ())
@@ -364,7 +360,7 @@ def check_shard(site: Site, p: Pattern) -> None:
             raise ValueError(f"{site.name} is sharded as {places} and {p!r} compares across shards: "
                              f"use a pattern inside rows, such as nm(2, 4) or per_row(), on weights sharded by rows")
 
-# %% ../nbs/api/12_patterns.ipynb #a7fe36de
+# %% ../nbs/api/12_patterns.ipynb #524ff1e8
 def masks(site: Site, # the weight
           score: Callable[[Site], Tensor], # criterion: larger = more important
           p: Pattern,
@@ -376,7 +372,8 @@ def masks(site: Site, # the weight
     if not site.numel:
         yield site, torch.ones(site.shape, dtype=torch.bool, device=site.weight.device)
         return
-    g, first = geometry(p, tuple(site.shape)), 0
+    g, unit = geometry(p, tuple(site.shape)), row_unit(p)
+    first = site.start // unit * (g.k * g.pc // g.gc) if unit else 0 # groups that lie before, on other ranks
     if p.group != (-1, -1) or cut is None and site.weight.is_cuda and site.numel <= 2**26:
         for s, f in scan(site, score, p):
             yield s, p.unfold(keep_top(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)
@@ -385,7 +382,7 @@ def masks(site: Site, # the weight
     n = g.nr * g.k * g.nc
     drop = int(drops(p, 1, n, sparsity))
     if not 0 < drop < n: cut = (torch.inf, 0) if drop > 0 else (-torch.inf, n)
-    value, ties = cut or threshold(lambda: ((0, f, 1) for _, f in scan(site, score, p)), drop)[:2]
+    value, ties = cut or threshold(lambda: ((f, 1) for _, f in scan(site, score, p)), drop)
     for s, f in scan(site, score, p):
         keep, ties = above(f, value, ties)
         yield s, p.unfold(keep, s.shape)

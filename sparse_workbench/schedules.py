@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'When', 'fraction', 'ramp', 'constant', 'linear', 'cubic', 'cosine', 'geometric', 'steps', 'cyclic',
-           'once', 'every']
+           'acdc_phases', 'journey_window', 'journey_steps', 'journey', 'whole', 'once', 'every', 'cosine_fraction',
+           'death_rate']
 
 # %% ../nbs/api/14_schedules.ipynb #5e8fa6c1
 import math
@@ -17,7 +18,7 @@ When = Callable[[int], bool]        # t -> is it time?
 def fraction(name: str, x: float) -> float:
     "The number itself; ValueError when it is no fraction."
     if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x <= 1:
-        raise ValueError(f"{name} is a sparsity between 0 and 1, not {x!r}" + (f"; did you mean {x / 100:g}?" if isinstance(x, (int, float)) and 1 < x <= 100 else ''))
+        raise ValueError(f"{name} is a number between 0 and 1, not {x!r}" + (f"; did you mean {x / 100:g}?" if isinstance(x, (int, float)) and 1 < x <= 100 else ''))
     return float(x)
 
 def ramp(start: float, final: float, steps: int, begin: int, shape: Callable[[float], float]) -> Schedule:
@@ -72,7 +73,50 @@ def cyclic(sparsity: float, # of the compressed phases
     if period < 1: raise ValueError(f"a phase lasts at least one step, not {period!r}")
     return lambda t: d if t < start else s if end is not None and t >= end or (t - start) // period % 2 == 0 else d
 
-# %% ../nbs/api/14_schedules.ipynb #a9ff8dca
+# %% ../nbs/api/14_schedules.ipynb #be839931
+def acdc_phases(sparsity: float, # of the compressed phases
+                period: int, # steps of a phase
+                start: int, # first compression
+                end: int, # last compression; two periods before it the last dense phase begins
+                ) -> Schedule:
+    "The phases of AC/DC: dense, compressed and dense in turn, dense for two periods, compressed for good."
+    if not 0 <= start <= end - 2 * period: raise ValueError(f"the last dense phase, from step {end - 2 * period} to {end}, begins before start={start}: shorten `period`")
+    f = cyclic(sparsity, period, start)
+    return lambda t: f(start) if t >= end else 0. if t >= end - 2 * period else f(t)
+
+# %% ../nbs/api/14_schedules.ipynb #7a6aae87
+def journey_window(sparsity: float # final
+                   ) -> tuple[float, float, float]: # first and last pruning as fractions of the steps, mean density of the training
+    "Where in the training a quarter and three quarters of the compute are spent, along a geometric ramp."
+    d = 1 - fraction('sparsity', sparsity)
+    if not d: raise ValueError("journey never reaches sparsity 1: every event keeps a share of what is left")
+    g = (1 - d) / math.log(1 / d) if d < 1 else 1.
+    z = 1/4 + 1 / (2*g) + 1 / (4*d)
+    return 1/4 / z, (1/4 + 1 / (2*g)) / z, 1 / z
+
+# %% ../nbs/api/14_schedules.ipynb #c038b6ac
+def journey_steps(sparsity: float, total_steps: int, # of the training
+                  period: int = 100, # steps between prunings
+                  ) -> tuple[int, int]: # first and last pruning, whole periods apart
+    "The window in steps."
+    first, last = (round(x * total_steps) for x in journey_window(sparsity)[:2])
+    if not 1 <= period <= last - first: raise ValueError(f"period={period!r}: pruning goes on for {last - first} of {total_steps} steps, so use 1 to {last - first}")
+    return first, first + (last - first) // period * period
+
+def journey(sparsity: float, total_steps: int, period: int = 100) -> Schedule:
+    "After event i of n, (1 − sparsity)^((i+1)/n) of the weights are kept; nothing is pruned before a quarter of the compute."
+    first, last = journey_steps(sparsity, total_steps, period)
+    f = geometric(0, sparsity, last - first + period, first - period)
+    return lambda t: f(t) if t >= first else 0.
+
+# %% ../nbs/api/14_schedules.ipynb #b1514612
+def whole(schedule: Schedule, # any
+          of: int, # weights in a group
+          ) -> Schedule:
+    "The same schedule, rounded down to multiples of 1/of."
+    return lambda t: math.floor(schedule(t) * of + 1e-9) / of
+
+# %% ../nbs/api/14_schedules.ipynb #a5163771
 def once(at: int = 0) -> When:
     "At one step only. `once()` is before the first step: the mask never changes afterwards."
     return lambda t: t == at
@@ -84,3 +128,15 @@ def every(n: int, # steps between changes
     "Every n steps; `stop` is inclusive, as in RigL."
     if n < 1: raise ValueError(f"every(n) needs n ≥ 1, not {n!r}")
     return lambda t: t >= start and (t - start) % n == 0 and (stop is None or t <= stop)
+
+# %% ../nbs/api/14_schedules.ipynb #3cb2ed5f
+def cosine_fraction(alpha: float, # share that is exchanged at first
+                    stop: int, # step after which nothing is exchanged
+                    ) -> Schedule:
+    "alpha/2 (1 + cos(π t / stop)) (RigL, eq. 1)."
+    return cosine(fraction('alpha', alpha), 0., stop)
+
+def death_rate(steps: int, # of the training
+               start: float = .5, final: float = .005) -> Schedule:
+    "From `start` to `final` along half a cosine (SNFS, ITOP, GraNet)."
+    return cosine(fraction('start', start), fraction('final', final), steps)

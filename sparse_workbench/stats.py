@@ -80,13 +80,12 @@ def windows(ids: Tensor, # (n,) token ids of a text
 
 # %% ../nbs/api/10_stats.ipynb #2cd9903a
 def in_squares(module: nn.Module, # Linear, Conv, Conv1D
-               x: Tensor, # its input
+               x: Tensor, # its input, samples along the first axis
                ) -> Tensor: # (1 or out, in, *kernel): sum of squares of what every weight multiplies
     "Sum over batch and places of the squared inputs, laid out like the weight."
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return x.detach().reshape(-1, x.size(-1)).double().square().sum(0)[None]
-    d = len(module.kernel_size)
-    x = (x if x.ndim == d + 2 else x[None]).detach().double().square().sum(0)
+    x = x.detach().double().square().sum(0)
     pad = module._reversed_padding_repeated_twice
     mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
     x = F.pad(x[None], pad, mode=mode)[0]
@@ -107,11 +106,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for m, t in was.items(): m.training = t
 
 def inputs_of(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    "The tensors that the weight multiplies."
+    "The tensors that the weight multiplies, samples along the first axis."
     if isinstance(module, nn.MultiheadAttention):
         qkv = [*args, *[kwargs[k] for k in ('query', 'key', 'value')[len(args):]]][:3]
-        return [x if module.batch_first else x.transpose(0, 1) if x.ndim == 3 else x[None] for x in qkv]
-    return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
+        return [x[None] if x.ndim == 2 else x if module.batch_first else x.transpose(0, 1) for x in qkv]
+    single = 1 + len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1 # axes of one sample
+    return [x[None] if x.ndim == single else x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
 
 # %% ../nbs/api/10_stats.ipynb #c90d5664
 def modules_of(model: nn.Module, site: Site) -> list[nn.Module]:
@@ -129,7 +129,7 @@ def in_norms(model: nn.Module, sites: Iterable[Site], cal: Calibration) -> None:
             part = dict(q_proj_weight=q[:1], k_proj_weight=q[1:2], v_proj_weight=q[2:3]).get(site.param, q)
             sq = torch.cat([p.expand(site.shape[0] // len(part), -1) for p in part]) if len(part) > 1 else part[0]
             sums[site.name] = sums.get(site.name, 0) + sq
-            samples[site.name] = samples.get(site.name, 0) + (xs[0].size(0) if xs[0].ndim > 1 else 1)
+            samples[site.name] = samples.get(site.name, 0) + xs[0].size(0)
         return hook
     with ExitStack() as stack, torch.no_grad(), evaluating(model):
         for s in sites:

@@ -125,9 +125,10 @@ def test_lists_of_what_there_is_are_kept_by_hand():
     with pytest.raises(ValueError) as e: collect(net, sites(net), cal, ['?'])
     for n in str(e.value).partition('use ')[2].split(', '):
         collect(net, sites(net), cal, [n])
-    every = [f for f in vars(scores).values() if hasattr(f, 'needs')]
+    every = [f for f in vars(scores).values() if hasattr(f, 'needs') and f is not scores.momentum]
     assert len(every) >= 9
     for f in every: assert prune(convnet(), .5, score=f, calibration=cal).total['zeros'] == sum(round(.5 * s.numel) for s in sites(net)), f.__name__
+    with pytest.raises(KeyError, match='has no momentum: train with'): prune(net, .5, score=scores.momentum)
 
 
 @pytest.mark.parametrize('make', [lambda m, o: prune(m, pattern='2:4', allocate=global_),

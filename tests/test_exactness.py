@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_workbench import core, patterns
-from sparse_workbench.allocation import er, erk, global_, lamp, lamp_score, owl, owl_ratios, uniform
+from sparse_workbench.allocation import er, erk, global_, lamp, lamp_score, owl, owl_ratios, standing, uniform
 from sparse_workbench.core import Site
 from sparse_workbench.oneshot import prune
 from sparse_workbench.patterns import (
@@ -184,11 +184,11 @@ def test_axes_of_size_zero_and_one(p, shape):
         assert torch.equal(site.mask, mask)
 
 
-def test_an_empty_layer_beside_others():
-    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0), nn.Linear(0, 4))
-    for allocate in (uniform, global_, er, erk, lamp):
-        r = prune(model, .5, allocate=allocate)
-        assert r.total['zeros'] == 16, allocate
+@pytest.mark.parametrize('p, allocate', [*product([unstructured()], [uniform, global_, er, erk, lamp]), *product([row(), col(), block(2), head(4)], [uniform, global_])])
+def test_an_empty_layer_beside_others(p, allocate):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 0), nn.Linear(0, 4))
+    r = prune(model, .5, pattern=p, allocate=allocate)
+    assert [x['zeros'] for x in r.rows] == [16, 0, 0]
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -246,20 +246,19 @@ def test_threshold_against_sorting(data):
     gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     chunks = []
     for _ in range(data.draw(st.integers(1, 6))):
-        n, member, wild = data.draw(st.integers(0, 40)), data.draw(st.sampled_from('abc')), data.draw(st.booleans())
+        n, cost, wild = data.draw(st.integers(0, 40)), data.draw(st.sampled_from([1, 4, 9])), data.draw(st.booleans())
         x = torch.randn(n, generator=gen).to(dtype) if wild else special[torch.randint(len(special), (n,), generator=gen)]
-        chunks.append((member, x, dict(a=1, b=4, c=9)[member]))
-    flat = sorted(((float(v), cost, m) for m, x, cost in chunks for v in x), key=lambda v: v[0])
-    total = sum(cost for _, cost, _ in flat)
+        chunks.append((x, cost))
+    flat = sorted((float(v), cost) for x, cost in chunks for v in x)
+    total = sum(cost for _, cost in flat)
     if total < 2: return
     drop = data.draw(st.integers(1, total - 1))
     cut, gone = threshold(lambda: chunks, drop), 0
-    for v, _, _ in flat:
-        gone = sum(c for u, c, _ in flat if u <= v)
+    for v, _ in flat:
+        gone = sum(c for u, c in flat if u <= v)
         if gone > drop: break
-    assert cut.value == v and cut.ties == gone - drop
-    for m in {m for m, _, _ in chunks}:
-        assert cut.below[m] == sum(u < v for u, _, n in flat if n == m) and cut.on[m] == sum(u == v for u, _, n in flat if n == m)
+    assert cut == (v, gone - drop)
+    assert standing((x for x, _ in chunks), v) == (sum(u < v for u, _ in flat), sum(u == v for u, _ in flat))
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
