@@ -49,8 +49,7 @@ class Site:
     state: dict[str, Tensor] = field(default_factory=dict)  # optimizer state like the weight (momentum, …), while a rule runs
 
     def of(self, t: Tensor) -> Tensor: # the logical view of a tensor shaped like the parameter: gradient, optimizer state
-        x = local(t).detach()
-        if self.view is not Tensor.detach: x = self.view(x)
+        x = local(t).detach() if self.view is Tensor.detach else self.view(local(t).detach())
         return x if self.rows == (0, None) else x[slice(*self.rows)]
     @property
     def parameter(self) -> nn.Parameter: return getattr(self.module, self.param)

@@ -6,11 +6,12 @@
 __all__ = ['REGISTER', 'recipe', 'random', 'magnitude', 'wanda', 'ria', 'snip', 'grasp', 'taylor', 'obd', 'synflow', 'plan',
            'window', 'rhythm', 'spread', 'along', 'static', 'retrain', 'spdf', 'gmp', 'journey', 'acdc', 'iss_p',
            'mask_sparsity', 'dynamic', 'set_', 'rigl', 'itop', 'check_momentum', 'snfs', 'erk_then_global', 'granet',
-           'blast', 'deepr', 'top_kast', 'ste', 'sr_ste', 'holder', 'round_of', 'imp', 'fresh_norms', 'soup',
-           'random_search', 'table']
+           'blast', 'deepr', 'top_kast', 'ste', 'sr_ste', 'holder', 'rounds_of', 'round_of', 'imp', 'fresh_norms',
+           'soup', 'random_search', 'table']
 
 # %% ../nbs/api/42_recipes.ipynb #e3685d17
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -119,6 +120,7 @@ def rhythm(frequency: int | None, usual: int, first: int, last: int) -> int: # s
 # %% ../nbs/api/42_recipes.ipynb #7857d1ab
 def spread(allocate: Allocate | None, p: Pattern, usual: Allocate = erk) -> Allocate:
     "The allocation asked for, else the paper's, else uniform where the pattern fixes the share."
+    if p.fixed and allocate in (er, erk, global_): raise ValueError(f"{p!r} holds the same share in every layer: use allocate=uniform, or leave it out")
     return allocate or (uniform if p.fixed else usual)
 
 def along(p: Pattern, schedule: Schedule) -> Schedule:
@@ -136,11 +138,11 @@ def static(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     return Sparsifier(ss, keep_best(scores.noise(seed)), pattern=p, allocate=how, sparsity=s, when=once()).attach(optimizer)
 
 @recipe('Learning both weights and connections: prune, retrain', 'https://arxiv.org/abs/1506.02626', 'training')
-def retrain(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate = uniform,
+def retrain(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None,
             score: scores.Score = scores.magnitude, pattern: Any = unstructured(), **which) -> Sparsifier:
     "Prune a trained model once, by magnitude, and train on with that mask."
     p, s = plan(pattern, sparsity, total_steps)
-    return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=allocate, sparsity=s, when=once()).attach(optimizer)
+    return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s, when=once()).attach(optimizer)
 
 @recipe('SPDF', 'https://arxiv.org/abs/2303.10464', 'training')
 def spdf(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, sparse: float = .87, seed: int = 0,
@@ -153,11 +155,11 @@ def spdf(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
 # %% ../nbs/api/42_recipes.ipynb #4bb6d424
 @recipe('To prune or not to prune (GMP)', 'https://arxiv.org/abs/1710.01878', 'training')
 def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, end: float = .75, frequency: int | None = None,
-        score: scores.Score = scores.magnitude, allocate: Allocate = uniform, pattern: Any = unstructured(), flow: flows.Flow = flows.cut, **which) -> Sparsifier:
+        score: scores.Score = scores.magnitude, allocate: Allocate | None = None, pattern: Any = unstructured(), flow: flows.Flow = flows.cut, **which) -> Sparsifier:
     "Gradual magnitude pruning: the cubic schedule from `begin` to `end`, masks every 100 steps."
     (p, s), (a, b) = plan(pattern, sparsity, total_steps), window(total_steps, begin, end)
     beat = every(rhythm(frequency, 100, a, b), a, b)
-    return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=allocate, sparsity=along(p, cubic(0, s, b - a, a)),
+    return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=spread(allocate, p, uniform), sparsity=along(p, cubic(0, s, b - a, a)),
                       when=lambda t: t == b or beat(t), flow=flow).attach(optimizer)
 
 @recipe('The journey matters', 'https://arxiv.org/abs/2501.12486', 'training')
@@ -182,24 +184,24 @@ def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
 # %% ../nbs/api/42_recipes.ipynb #26f799d9
 @recipe('ISS-P', 'https://arxiv.org/abs/2303.09650', 'training')
 def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, shrink: float = .95, until: float = .2,
-          allocate: Allocate = uniform, pattern: Any = unstructured(), **which) -> Sparsifier:
+          allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
     "Iterative soft shrinkage: the smallest weights times `shrink` after every step, chosen anew each time; from the fraction `until` of the steps on they are cut."
     (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, until)
-    return Sparsifier(sites(model, **which), rules.shrinking(keep_best(), shrink), pattern=p, allocate=allocate, sparsity=s,
+    return Sparsifier(sites(model, **which), rules.shrinking(keep_best(), shrink), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s,
                       when=lambda t: t <= turn, flow=flows.soft(turn)).attach(optimizer)
 
 @recipe('MaskSparsity', 'https://arxiv.org/abs/2201.06776', 'training')
 def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, pull: float = 5e-4, until: float = .5,
-                  allocate: Allocate = uniform, pattern: Any = row(), **which) -> Sparsifier:
+                  allocate: Allocate | None = None, pattern: Any = row(), **which) -> Sparsifier:
     "Mark the smallest rows of a trained model, pull at them alone with `pull` · sign(w), cut them at the fraction `until` of the steps, and train on."
     (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, until)
-    return Sparsifier(sites(model, **which), pattern=p, allocate=allocate, sparsity=s, when=once(), flow=flows.soft(turn, pull)).attach(optimizer)
+    return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s, when=once(), flow=flows.soft(turn, pull)).attach(optimizer)
 
 # %% ../nbs/api/42_recipes.ipynb #f2c5e38f
 def dynamic(model: nn.Module, optimizer: Optimizer, rule: rules.Rule, p: Pattern, sparsity: float | Schedule, when: When, allocate: Allocate,
             which: dict, flow: flows.Flow = flows.cut) -> Sparsifier:
     "A sparsifier with an exchanging rule, attached."
-    return Sparsifier(sites(model, **which), rule, pattern=p, allocate=allocate, sparsity=sparsity, when=when, flow=flow).attach(optimizer)
+    return Sparsifier(sites(model, **which), rule, pattern=p, allocate=spread(allocate, p, uniform), sparsity=sparsity, when=when, flow=flow).attach(optimizer)
 
 @recipe('SET', 'https://arxiv.org/abs/1707.04780', 'training')
 def set_(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, fraction: float = .3, frequency: int | None = None,
@@ -259,23 +261,23 @@ def granet(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
 
 # %% ../nbs/api/42_recipes.ipynb #059e6ad2
 @recipe('BLaST', 'https://arxiv.org/abs/2507.03117', 'training')
-def blast(model: nn.Module, optimizer: Optimizer, *, sparsity: float, total_steps: int, pattern: Any = block(32), allocate: Allocate = uniform, **how) -> Sparsifier:
+def blast(model: nn.Module, optimizer: Optimizer, *, sparsity: float, total_steps: int, pattern: Any = block(32), allocate: Allocate | None = None, **how) -> Sparsifier:
     "Blocked prune and grow, from dense: GraNet on blocks, every layer alike. Name the layers, e.g. include='*mlp*'."
-    return granet(model, optimizer, sparsity=sparsity, total_steps=total_steps, pattern=pattern, allocate=allocate, **dict(start=0., fraction=.3) | how)
+    return granet(model, optimizer, sparsity=sparsity, total_steps=total_steps, pattern=pattern, allocate=allocate or uniform, **dict(start=0., fraction=.3) | how)
 
 @recipe('DeepR', 'https://arxiv.org/abs/1711.05136', 'training')
 def deepr(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, l1: float = 1e-5, noise: float = 1e-5, seed: int = 0,
-          allocate: Allocate = uniform, pattern: Any = unstructured(), **which) -> Sparsifier:
+          allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
     "Deep rewiring: weights that cross zero go dormant, others wake at random, at every step. Meant for SGD without momentum."
     p, s = plan(pattern, sparsity, total_steps)
-    return dynamic(model, optimizer, rules.rewire(noise, seed, scores.noise(seed)), p, s, every(1), allocate, which, flows.l1(l1))
+    return dynamic(model, optimizer, rules.rewire(noise, seed, scores.noise(seed)), p, s, every(1), spread(allocate, p, uniform), which, flows.l1(l1))
 
 @recipe('Top-KAST', 'https://arxiv.org/abs/2106.03517', 'training')
 def top_kast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, wider: float = 2., decay: float = 1e-4,
-             allocate: Allocate = uniform, pattern: Any = unstructured(), **which) -> Sparsifier:
+             allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
     "The best weights by magnitude are seen, `wider` times as many learn; what only explores decays 1/density times as fast. Meant for SGD without momentum."
     p, s = plan(pattern, sparsity, total_steps)
-    return dynamic(model, optimizer, rules.two_sets(scores.magnitude, wider), p, s, every(1), allocate, which, flows.explore(decay, decay / (1 - s)))
+    return dynamic(model, optimizer, rules.two_sets(scores.magnitude, wider), p, s, every(1), spread(allocate, p, uniform), which, flows.explore(decay, decay / (1 - s)))
 
 # %% ../nbs/api/42_recipes.ipynb #901892ab
 @recipe('Straight-through estimator', 'https://arxiv.org/abs/1308.3432', 'training')
@@ -300,6 +302,11 @@ def holder(model: nn.Module, masks: dict[str, Tensor], which: dict, used: list[S
         return used[-1]
     return hold
 
+def rounds_of(sparsity: float, rate: float) -> list[float]: # sparsity after each round
+    "Each round takes `rate` of what is left; the last only what is missing."
+    n = math.ceil(math.log(1 - sparsity) / math.log(1 - rate) - 1e-9)
+    return [*(1 - (1 - rate) ** i for i in range(1, n)), sparsity] if n else []
+
 def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     "One training with the masks of the sites held."
     used: list[Sparsifier] = []
@@ -316,9 +323,9 @@ def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsi
     if not 0 < rate < 1: raise ValueError(f"rate={rate!r} is the share of the remaining weights that goes each round: use a number between 0 and 1, such as 0.2")
     (p, goal), ss, first, reports = plan(pattern, sparsity, 1), sites(model, **which), copy.deepcopy(model.state_dict()), []
     for s in ss: s.mask = torch.ones(s.shape, dtype=torch.bool, device=s.weight.device)
-    while not reports or reports[-1].total['asked'] < goal - 1e-9:
+    for target in rounds_of(goal, rate):
         round_of(model, ss, train, which)
-        ratios = allocate(ss, p, scores.held, min(goal, 1 - (1 - rate) ** (len(reports) + 1)))
+        ratios = allocate(ss, p, scores.held, target)
         for s in ss:
             s.sparsity = ratios[s.name]
             keep_best(scores.held)(s, p)

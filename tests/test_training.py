@@ -22,6 +22,7 @@ from sparse_workbench.testing import assert_same, check_mask, check_promises, co
 TRAINING = {n: r['recipe'] for n, r in REGISTER.items() if r['family'] == 'training'}
 SOFT = ('iss_p', 'mask_sparsity')      # use what they will remove until they cut it: the stated exception
 OWN: dict[str, dict] = dict(blast=dict(pattern=block(4)))
+FREE = dict(ste=dict(pattern=unstructured()), sr_ste=dict(pattern=unstructured()))     # 2:4 unless told otherwise
 SGD, PLAIN, ADAM = (partial(torch.optim.SGD, lr=.1, momentum=.9), partial(torch.optim.SGD, lr=.1), partial(torch.optim.AdamW, lr=1e-2))
 
 
@@ -39,7 +40,7 @@ def made(name: str, optimizer=SGD, build=mlp, total: int = 6, **how):
     "A fresh (model, optimizer, sparsifier, loss) of a recipe."
     model = build()
     opt = optimizer(model.parameters())
-    sp = TRAINING[name](model, opt, **given(name, **dict(sparsity=.75, total_steps=total, frequency=1) | how))
+    sp = TRAINING[name](model, opt, **given(name, **dict(sparsity=.75, total_steps=total, frequency=1) | FREE.get(name, {}) | how))
     return model, opt, sp, lambda t: (model(data(t)) - data(t)[:, :8].sin()).square().mean()
 
 
@@ -258,7 +259,7 @@ def test_rigl_by_hand():
 def test_granet_by_hand():
     out = double('granet')
     hand = ByHand(out)
-    assert 1 - sum(int(m.sum()) for m in hand.mask.values()) / 1344 == pytest.approx(.5, abs=1e-3)
+    assert 1 - sum(int(m.sum()) for m in hand.mask.values()) / 1472 == pytest.approx(.5, abs=1e-3)
     def change(h, t, g):
         if t % 4: return
         if t <= 23: h.prune_globally(.8 - .3 * (1 - min(1., t / 16))**3)
@@ -371,7 +372,8 @@ def test_a_weight_that_stays_small_for_100_steps_is_gone():
     sp = recipes.iss_p(model, torch.optim.SGD(model.parameters(), 0.), sparsity=.5, total_steps=1000, until=.2)
     train((model, sp.optimizer, sp, lambda t: model(data(t).double()).square().mean()), range(100))
     ratio = model[0].weight / w
-    assert ratio[~sp.sites[0].mask] == pytest.approx(torch.full((256,), .0059205292).double(), abs=1e-9) and (ratio[sp.sites[0].mask] == 1).all()
+    torch.testing.assert_close(ratio[~sp.sites[0].mask], torch.full((256,), .0059205292).double(), rtol=0, atol=1e-9)
+    assert (ratio[sp.sites[0].mask] == 1).all()
 
 
 @pytest.mark.parametrize('lam, steps', [(2e-4, 34_657), (1.6e-3, 4_332)])
@@ -407,9 +409,7 @@ def test_deepr_walks_as_written():
     hand = ByHand(out, momentum=0.)
     woken = 0
     for t in range(24):
-        with torch.no_grad():
-            g = dict(zip(hand.p, torch.autograd.grad(hand.loss(t), list(hand.p.values()))))
-            pass
+        g = dict(zip(hand.p, torch.autograd.grad(hand.loss(t), list(hand.p.values()))))
         train(out, [t])
         with torch.no_grad():
             for n, p in hand.p.items():
@@ -486,7 +486,7 @@ def test_spdf_wakes_every_weight_from_zero():
     train(out, range(10))
     for s in out[2].sites: assert s.mask.all() and (s.weight == 0).float().mean() == .75 and not out[1].state[s.parameter]['exp_avg'].any()
     train(out, range(10, 20))
-    assert out[2].report().total['achieved'] < .1
+    assert out[2].report().total['achieved'] < .3
 
 
 def test_exploration_counts_every_mask():
@@ -576,11 +576,11 @@ def refused(name: str, **how) -> str:
 @pytest.mark.parametrize('name', [n for n in TRAINING if n != 'blast'])
 def test_what_no_recipe_accepts(name):
     assert 'did you mean 0.8' in refused(name, sparsity=80)
-    assert 'sparsity 1 leaves no weight to train: ask for less' in refused(name, sparsity=1.0)
+    assert 'sparsity 1 leaves no weight to train: ask for less' in refused(name, sparsity=1.0, pattern=unstructured())
     assert 'keeps 2 of 4 along in, which is sparsity 0.5, but 0.9 was asked: leave sparsity out' in refused(name, sparsity=.9, pattern='2:4')
     assert 'total_steps is the number of optimizer steps of the whole training, at least 1, not 0' in refused(name, total_steps=0)
     assert "unknown pattern 'diagonal'" in refused(name, pattern='diagonal')
-    assert "did you mean" in refused(name, ignore='O.weight') or True
+    assert "'O' matches no prunable weight" in refused(name, sparsity=None, pattern='2:4', ignore='O')
     if name not in ('ste', 'sr_ste'): assert 'say how sparse' in refused(name, sparsity=None, pattern=unstructured())
 
 
@@ -636,7 +636,7 @@ def test_lottery_tickets(rewind):
             if rewind == 'weights': assert torch.equal(s[k][s[k] != 0], first[k][s[k] != 0])
             assert not (starts[i - 1][k] == 0)[s[k] != 0].any()
         assert torch.equal(s['0.bias'], first['0.bias']) == (rewind == 'weights')
-    assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1) == round(.7 * 1344)
+    assert sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1) == round(.7 * 1472)
 
 
 def test_mistakes_of_outer_loops():
