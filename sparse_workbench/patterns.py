@@ -373,7 +373,7 @@ def masks(site: Site, # the weight
         yield site, torch.ones(site.shape, dtype=torch.bool, device=site.weight.device)
         return
     g, unit = geometry(p, tuple(site.shape)), row_unit(p)
-    first = site.start // unit * (g.k * g.pc // g.gc) if unit else 0 # groups that lie before, on other ranks
+    first = site.start // unit * (g.k * g.pc // g.gc) if unit and g.gc else 0 # groups that lie before, on other ranks
     if p.group != (-1, -1) or cut is None and site.weight.is_cuda and site.numel <= 2**26:
         for s, f in scan(site, score, p):
             yield s, p.unfold(keep_top(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import flows, rules, schedules, scores
-from .allocation import Allocate, er, erk, global_, uniform
-from .core import Report, Sites, report, sites
+from .allocation import Allocate, borrow, er, erk, erk_plus, global_, redistribute, uniform, uniform_plus
+from .core import Report, Site, Sites, report, sites
 from .oneshot import prune
 from .patterns import Pattern, asked, block, nm, pattern as read_pattern, per_row, row, unstructured
 from .rules import drop_grow, explored, forgetting, given, keep_best
@@ -120,7 +120,7 @@ def rhythm(frequency: int | None, usual: int, first: int, last: int) -> int: # s
 # %% ../nbs/api/42_recipes.ipynb #7857d1ab
 def spread(allocate: Allocate | None, p: Pattern, usual: Allocate = erk) -> Allocate:
     "The allocation asked for, else the paper's, else uniform where the pattern fixes the share."
-    if p.fixed and allocate in (er, erk, global_): raise ValueError(f"{p!r} holds the same share in every layer: use allocate=uniform, or leave it out")
+    if p.fixed and allocate in (er, erk, erk_plus, global_, uniform_plus): raise ValueError(f"{p!r} holds the same share in every layer: use allocate=uniform, or leave it out")
     return allocate or (uniform if p.fixed else usual)
 
 def along(p: Pattern, schedule: Schedule) -> Schedule:
@@ -131,12 +131,13 @@ def along(p: Pattern, schedule: Schedule) -> Schedule:
 @recipe('The unreasonable effectiveness of random pruning', 'https://arxiv.org/abs/2202.02643', 'training')
 def static(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None, calibration: Any = None,
            seed: int = 0, pattern: Any = unstructured(), **which) -> Sparsifier:
-    "A random mask from the start, with ERK densities (`allocate`: er, uniform, …; those that borrow ratios take `calibration`)."
+    "A random mask from the start, with ERK densities; `allocate=` uniform, uniform_plus, er, erk_plus, or borrow(saliency) and borrow(grasp), which take `calibration`."
     (p, s), ss = plan(pattern, sparsity, total_steps), sites(model, **which)
     how = spread(allocate, p)
     if calibration is not None and (needs := getattr(how, 'needs', ())): collect(model, ss, calibration, list(needs))
     return Sparsifier(ss, keep_best(scores.noise(seed)), pattern=p, allocate=how, sparsity=s, when=once()).attach(optimizer)
 
+# %% ../nbs/api/42_recipes.ipynb #4bb6d424
 @recipe('Learning both weights and connections: prune, retrain', 'https://arxiv.org/abs/1506.02626', 'training')
 def retrain(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None,
             score: scores.Score = scores.magnitude, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -152,7 +153,7 @@ def spdf(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = forgetting(keep_best(scores.noise(seed)), rules.when_dense)
     return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.steps({0: s, turn: 0}), when=lambda t: t in (0, turn)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #4bb6d424
+# %% ../nbs/api/42_recipes.ipynb #26f799d9
 @recipe('To prune or not to prune (GMP)', 'https://arxiv.org/abs/1710.01878', 'training')
 def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, end: float = .75, frequency: int | None = None,
         score: scores.Score = scores.magnitude, allocate: Allocate | None = None, pattern: Any = unstructured(), flow: flows.Flow = flows.cut, **which) -> Sparsifier:
@@ -162,6 +163,7 @@ def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=spread(allocate, p, uniform), sparsity=along(p, cubic(0, s, b - a, a)),
                       when=lambda t: t == b or beat(t), flow=flow).attach(optimizer)
 
+# %% ../nbs/api/42_recipes.ipynb #f2c5e38f
 @recipe('The journey matters', 'https://arxiv.org/abs/2501.12486', 'training')
 def journey(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, frequency: int | None = None,
             allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -171,7 +173,7 @@ def journey(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = 
     return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, global_), sparsity=along(p, schedules.journey(s, total_steps, n)),
                       when=every(n, *schedules.journey_steps(s, total_steps, n))).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #65808011
+# %% ../nbs/api/42_recipes.ipynb #3b65b726
 @recipe('AC/DC', 'https://arxiv.org/abs/2106.12379', 'training')
 def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, phase: float = .05, end: float = .85,
          allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -181,7 +183,7 @@ def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     return Sparsifier(sites(model, **which), forgetting(keep_best(), rules.when_dense), pattern=p, allocate=spread(allocate, p, global_), sparsity=f,
                       when=lambda t: t == 0 or f(t) != f(t - 1)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #26f799d9
+# %% ../nbs/api/42_recipes.ipynb #059e6ad2
 @recipe('ISS-P', 'https://arxiv.org/abs/2303.09650', 'training')
 def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, shrink: float = .95, until: float = .2,
           allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -190,6 +192,7 @@ def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = No
     return Sparsifier(sites(model, **which), rules.shrinking(keep_best(), shrink), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s,
                       when=lambda t: t <= turn, flow=flows.soft(turn)).attach(optimizer)
 
+# %% ../nbs/api/42_recipes.ipynb #901892ab
 @recipe('MaskSparsity', 'https://arxiv.org/abs/2201.06776', 'training')
 def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, pull: float = 5e-4, until: float = .5,
                   allocate: Allocate | None = None, pattern: Any = row(), **which) -> Sparsifier:
@@ -197,7 +200,7 @@ def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | N
     (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, until)
     return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s, when=once(), flow=flows.soft(turn, pull)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #f2c5e38f
+# %% ../nbs/api/42_recipes.ipynb #d18d0b75
 def dynamic(model: nn.Module, optimizer: Optimizer, rule: rules.Rule, p: Pattern, sparsity: float | Schedule, when: When, allocate: Allocate,
             which: dict, flow: flows.Flow = flows.cut) -> Sparsifier:
     "A sparsifier with an exchanging rule, attached."
@@ -211,6 +214,7 @@ def set_(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = drop_grow(scores.sign_rank, scores.chance(seed), fraction, scores.noise(seed))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, er), which)
 
+# %% ../nbs/api/42_recipes.ipynb #7dfc0d7a
 @recipe('RigL', 'https://arxiv.org/abs/1911.11134', 'training')
 def rigl(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, fraction: float = .3, frequency: int | None = None,
          end: float = .75, seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -219,6 +223,7 @@ def rigl(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = drop_grow(scores.magnitude, scores.gradient, cosine_fraction(fraction, b), scores.noise(seed))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p), which)
 
+# %% ../nbs/api/42_recipes.ipynb #aea943af
 @recipe('In-time over-parameterization', 'https://arxiv.org/abs/2102.02887', 'training')
 def itop(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, grow: scores.Score = scores.gradient, fraction: float = .5,
          frequency: int | None = None, end: float = 1., seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -227,7 +232,7 @@ def itop(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = explored(drop_grow(scores.magnitude, grow, death_rate(total_steps, fraction), scores.noise(seed)))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 1500, a, b), a, b), spread(allocate, p), which)
 
-# %% ../nbs/api/42_recipes.ipynb #3b65b726
+# %% ../nbs/api/42_recipes.ipynb #c06cf1ef
 def check_momentum(name: str, optimizer: Optimizer) -> None:
     "ValueError when an optimizer keeps no mean of gradients."
     if not any(g.get('momentum') or 'betas' in g for g in optimizer.param_groups):
@@ -236,13 +241,15 @@ def check_momentum(name: str, optimizer: Optimizer) -> None:
 @recipe('SNFS (sparse momentum)', 'https://arxiv.org/abs/1907.04840', 'training')
 def snfs(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, fraction: float = .5, frequency: int | None = None,
          end: float = 1., seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
-    "Drop by magnitude, grow by momentum, which therefore stays dense. The paper changes masks once an epoch."
+    "Drop by magnitude, grow by momentum, which therefore stays dense; layers with more of it get more. The paper changes masks once an epoch."
     (p, s), (a, b) = plan(pattern, sparsity, total_steps), window(total_steps, 0, end)
     check_momentum('snfs', optimizer)
-    rule = forgetting(drop_grow(scores.magnitude, scores.momentum, death_rate(total_steps, fraction), scores.noise(seed)), rules.nowhere)
-    return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, uniform), which, flows.dense_momentum)
+    rate = death_rate(total_steps, fraction)
+    rule = forgetting(drop_grow(scores.magnitude, scores.momentum, rate, scores.noise(seed)), rules.nowhere)
+    return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, redistribute(rate)), which, flows.dense_momentum)
 
-def erk_then_global(ss: Sequence[Any], p: Pattern, score: scores.Score, sparsity: float) -> dict[str, float]:
+# %% ../nbs/api/42_recipes.ipynb #019e48ed
+def erk_then_global(ss: Sequence[Site], p: Pattern, score: scores.Score, sparsity: float) -> dict[str, float]:
     "ERK densities for the first masks; from then on one ranking of what is held."
     first = all(x.mask is None or bool(x.mask.all()) for x in ss)
     return (erk if first else global_)(ss, p, scores.held, sparsity)
@@ -255,16 +262,17 @@ def granet(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     first = schedules.fraction('start', start)
     if first > s: raise ValueError(f"start={start!r} is sparser than the end, {s:g}: GraNet only prunes, so start at {s:g} or below")
     n = rhythm(frequency, 1000, a, b)
-    usual: Allocate = erk_then_global if first else lambda ss, p, score, sparsity: global_(ss, p, scores.held, sparsity)
+    usual: Allocate = erk_then_global if first else borrow(scores.held)
     rule = drop_grow(scores.magnitude, scores.gradient, death_rate(total_steps, fraction), scores.noise(seed))
     return dynamic(model, optimizer, rule, p, along(p, cubic(first, s, b // n * n)), every(n, 0, total_steps - 1), spread(allocate, p, usual), which)
 
-# %% ../nbs/api/42_recipes.ipynb #059e6ad2
+# %% ../nbs/api/42_recipes.ipynb #9d07a7da
 @recipe('BLaST', 'https://arxiv.org/abs/2507.03117', 'training')
 def blast(model: nn.Module, optimizer: Optimizer, *, sparsity: float, total_steps: int, pattern: Any = block(32), allocate: Allocate | None = None, **how) -> Sparsifier:
     "Blocked prune and grow, from dense: GraNet on blocks, every layer alike. Name the layers, e.g. include='*mlp*'."
     return granet(model, optimizer, sparsity=sparsity, total_steps=total_steps, pattern=pattern, allocate=allocate or uniform, **dict(start=0., fraction=.3) | how)
 
+# %% ../nbs/api/42_recipes.ipynb #2aaa0d9f
 @recipe('DeepR', 'https://arxiv.org/abs/1711.05136', 'training')
 def deepr(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, l1: float = 1e-5, noise: float = 1e-5, seed: int = 0,
           allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -279,7 +287,7 @@ def top_kast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None =
     p, s = plan(pattern, sparsity, total_steps)
     return dynamic(model, optimizer, rules.two_sets(scores.magnitude, wider), p, s, every(1), spread(allocate, p, uniform), which, flows.explore(decay, decay / (1 - s)))
 
-# %% ../nbs/api/42_recipes.ipynb #901892ab
+# %% ../nbs/api/42_recipes.ipynb #7010c2b0
 @recipe('Straight-through estimator', 'https://arxiv.org/abs/1308.3432', 'training')
 def ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Magnitude masks at every step, gradients straight through."
@@ -293,7 +301,7 @@ def sr_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     p, s = plan(pattern, sparsity, total_steps)
     return Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.sr_ste(decay)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #6101f283
+# %% ../nbs/api/42_recipes.ipynb #f71cbdce
 def holder(model: nn.Module, masks: dict[str, Tensor], which: dict, used: list[Sparsifier]) -> Callable[[Optimizer], Sparsifier]:
     "A function that makes an optimizer keep these masks."
     table = {n: 1 - int(m.sum()) / max(1, m.numel()) for n, m in masks.items()}
@@ -314,7 +322,7 @@ def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     if not used: raise ValueError("train(model, hold) must call hold(optimizer) before its first step, so that pruned weights stay zero")
     for sp in used: sp.detach()
 
-# %% ../nbs/api/42_recipes.ipynb #019e48ed
+# %% ../nbs/api/42_recipes.ipynb #cd6cf4ee
 @recipe('The lottery ticket hypothesis', 'https://arxiv.org/abs/1803.03635', 'outer loop')
 def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsity: float, rate: float = .2, rewind: str = 'weights',
         allocate: Allocate = global_, pattern: Any = unstructured(), **which) -> list[Report]: # one report for each round of pruning
@@ -335,7 +343,7 @@ def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsi
     round_of(model, ss, train, which)
     return reports
 
-# %% ../nbs/api/42_recipes.ipynb #7010c2b0
+# %% ../nbs/api/42_recipes.ipynb #4de3f2a4
 def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     "Running statistics of all batch norms, from these batches alone; the mode of every module is put back."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -351,6 +359,7 @@ def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         for m, r in zip(norms, rates): m.momentum = r
         for k, t in was.items(): k.training = t
 
+# %% ../nbs/api/42_recipes.ipynb #bc3c79a3
 @recipe('Sparse model soups', 'https://arxiv.org/abs/2306.16788', 'outer loop')
 def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, **which) -> nn.Module:
     "The average of models with one mask, as a new model; batch norms get fresh statistics from `batches`. ValueError when masks differ."
@@ -367,7 +376,7 @@ def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, *
     if batches is not None: fresh_norms(out, batches)
     return out
 
-# %% ../nbs/api/42_recipes.ipynb #8e5799b4
+# %% ../nbs/api/42_recipes.ipynb #6ac31e29
 @recipe('Random search', 'https://arxiv.org/abs/2403.08265', 'outer loop')
 def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, sparsity: float | None = None, tries: int = 10, **how) -> list[float]: # a value for each draw
     "Draw random masks, keep the one with the lowest evaluate(model), before any training; the model is left with it."
@@ -380,7 +389,7 @@ def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, s
     prune(model, sparsity, score=scores.noise(min(range(tries), key=values.__getitem__)), **how)
     return values
 
-# %% ../nbs/api/42_recipes.ipynb #b8c8d88e
+# %% ../nbs/api/42_recipes.ipynb #69e8bd23
 def table() -> list[dict[str, str]]: # one row for each recipe: name, paper, family, needs, summary
     "All recipes, read from the register."
     import inspect

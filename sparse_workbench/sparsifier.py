@@ -158,7 +158,7 @@ def choose_jointly(sp: 'Sparsifier', sparsity: float) -> None:
 def choose_singly(sp: 'Sparsifier', ratios: Mapping[str, float]) -> None:
     "Let the rule choose every mask, one site after the other."
     for s in sp.sites:
-        s.sparsity, s.step, s.state = ratios[s.name], sp.t, optimizer_state(sp.optimizer, s)
+        s.sparsity = ratios[s.name]
         sp.rule(s, sp.pattern)
 
 # %% ../nbs/api/23_sparsifier.ipynb #1f4f0ee2
@@ -166,6 +166,8 @@ def choose(sp: 'Sparsifier') -> None:
     "Allocate, and choose every mask; an error leaves all masks as they were."
     old = [s.mask for s in sp.sites]
     check_all_finite(sp)
+    plain = getattr(getattr(sp.rule, 'score', None), 'finite', False) # a criterion of the weight alone
+    for s in sp.sites: s.step, s.state = sp.t, {} if plain else optimizer_state(sp.optimizer, s)
     try:
         ratios = sp.allocate(sp.sites, sp.pattern, getattr(sp.rule, 'score', magnitude), asked(Pattern(), sp.sparsity(sp.t)))
         if joint(sp, ratios): choose_jointly(sp, next(iter(ratios.values())))

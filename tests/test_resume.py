@@ -3,6 +3,8 @@
 One process trains all recipes, each in a child of its own: once without interruption, once killed. A second process, started afresh,
 resumes what was killed. Both run this file as a script, since they must not have trained before they fork.
 """
+import importlib
+import json
 import os
 import random
 import signal
@@ -207,12 +209,11 @@ def test_a_long_training_killed_again_and_again(folder):
 
 def test_killed_while_writing(folder):
     "The newest checkpoint can be read after every kill, and it is never older than before."
-    steps = eval((folder / 'steps').read_text())
+    steps = json.loads((folder / 'steps').read_text())
     assert len(steps) > 2 and steps == sorted(steps) and steps[-1] > steps[0]
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    import sklearn.datasets
-    import torch._dynamo  # what every child would import otherwise
+    for module in ('sklearn.datasets', 'torch._dynamo'): importlib.import_module(module)  # what every child would import otherwise
     dict(first=first, second=second)[sys.argv[1]](Path(sys.argv[2]))

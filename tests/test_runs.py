@@ -443,6 +443,7 @@ def test_list_names_a_notebook_it_cannot_read(tmp_path, capsys):
     assert 'good: ' in out and 'bad.ipynb is not a notebook' in err
 
 
+@pytest.mark.filterwarnings('always')   # Python says the same warning once a process
 def test_results_command(project, tmp_path, fake, capsys):
     a = run('toy', store=tmp_path, progress=False)
     broken = run('toy', store=tmp_path, progress=False, power=3)
