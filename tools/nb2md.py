@@ -29,6 +29,7 @@ ANSI = re.compile(r'\x1b\[[0-9;?]*[@-~]')
 FENCE = re.compile(r'^\s*(```|~~~)')
 CODE_SPAN = re.compile(r'(?<![`\[\\])`([^`\n]+)`(?!`)(?!\]\()')
 ITEM = re.compile(r'( *)([-*+]|\d+[.)]) ')
+PROJECT = re.compile(r'\]\((?:\.\./)+(CONTRIBUTING|CHANGELOG)\.md\)')
 NOTEBOOK = re.compile(r'\]\(([\w./-]+\.ipynb)(#[\w.-]+)?\)')
 IMAGES = {'image/svg+xml': 'svg', 'image/png': 'png', 'image/jpeg': 'jpg', 'image/gif': 'gif'}
 REMOTE = re.compile(r'''<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)\s*=\s*["']?(?:https?:)?//'''
@@ -204,6 +205,7 @@ def prose(source: str, page: Page, site: Site) -> str:
         elif not fenced:
             if not line.startswith('#'): line = CODE_SPAN.sub(lambda m: name_link(m, page, site), line)
             line = NOTEBOOK.sub(lambda m: notebook_link(m, page, site), line)
+            line = PROJECT.sub(lambda m: f"]({'../' * (len(page.out.parts) - 1)}project/{m[1].lower()}.md)", line)
         out.append(line)
     return '\n'.join(out)
 
