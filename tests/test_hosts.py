@@ -411,13 +411,27 @@ def worker(rank: int, port: int, folder: str) -> None:
     finally: dist.destroy_process_group()
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    "A folder that `make` fills, once for all workers of a run."
+    import fcntl
+    base = factory.getbasetemp().parent if 'PYTEST_XDIST_WORKER' in os.environ else factory.getbasetemp()
+    (folder := base / name).mkdir(exist_ok=True)
+    with open(base / f'{name}.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / 'made').exists():
+            make(folder)
+            (folder / 'made').touch()
+    return folder
+
+
 @pytest.fixture(scope='module')
 def two(tmp_path_factory) -> Callable[[str], dict]:
     "The results of two processes, checked to be the same on both."
     if not dist.is_available() or not dist.is_gloo_available(): pytest.skip('this build of torch has no gloo, by which processes on CPUs talk')
-    folder = tmp_path_factory.mktemp('two')
-    for kind in ('fsdp', 'ddp'): job(kind, 'sr_ste', folder / f'{kind} one', 4)
-    torch.multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2)
+    def make(folder: Path) -> None:
+        for kind in ('fsdp', 'ddp'): job(kind, 'sr_ste', folder / f'{kind} one', 4)
+        torch.multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2)
+    folder = once(tmp_path_factory, 'two', make)
     def get(name: str) -> dict:
         first, second = (torch.load(folder / f'{name} {rank}.pt', weights_only=True) for rank in range(2))
         if 'error' not in first: assert_same(first, second)
@@ -447,12 +461,12 @@ def test_two_processes_equal_one(two, name):
 
 @together
 @pytest.mark.parametrize('kind', ['fsdp', 'ddp'])
-def test_saved_by_some_and_resumed_by_others(two, kind):
+def test_saved_by_some_and_resumed_by_others(two, kind, tmp_path):
     "From two to two exactly; from one to two and from two to one to the rounding of a mean."
     straight = job(kind, 'sr_ste')
     assert_same(two(f'{kind} sr_ste'), two(f'{kind} goes on'))
     near(straight, two(f'{kind} goes on from one'))
-    shutil.copytree(two.folder / f'{kind} two', alone := two.folder / f'{kind} alone')
+    shutil.copytree(two.folder / f'{kind} two', alone := tmp_path / 'alone')
     for f in sorted(alone.glob('step-*'))[1:]: f.unlink()
     (first,) = alone.glob('step-*')
     assert read_checkpoint(alone)['step'] < STEPS
