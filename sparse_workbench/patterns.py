@@ -6,18 +6,21 @@
 __all__ = ['OPS', 'cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern', 'fold', 'unfold', 'unstructured', 'per_row',
            'nm', 'block', 'row', 'col', 'channel', 'head', 'pattern', 'asked', 'drops', 'nm_keep_pairs', 'nm_keep',
            'row_keep', 'ordered', 'unordered', 'Cut', 'threshold', 'count', 'above', 'sorted_keep', 'keep_top',
-           'row_unit', 'check_scores', 'scan', 'check_shard', 'masks']
+           'squares', 'deal', 'search_squares', 'Transposable', 'transposable', 'row_unit', 'check_scores', 'scan',
+           'check_shard', 'groups_before', 'masks']
 
 # %% ../nbs/api/12_patterns.ipynb #43afa96b
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .core import Site, bits, check_finite, slabs
+from .core import Site, bits, check_finite, first_row, slabs
 
 # %% ../nbs/api/12_patterns.ipynb #795222a1
 def cells(x: Tensor, # (out, in, *kernel)
@@ -91,10 +94,12 @@ class Pattern:
         return fold(self, scores)
     def unfold(self, keep: Tensor, shape: Iterable[int]) -> Tensor: # bool (groups, tiles in a group) -> mask of that shape
         return unfold(self, keep, tuple(shape))
+    def keep(self, folded: Tensor, drop: int | Tensor) -> Tensor: # (groups, tiles in a group), tiles to drop from each -> bool like `folded`
+        return keep_top(folded, drop)
     def select(self, scores: Tensor, sparsity: float | None = None) -> Tensor: # scores (out, in, *kernel) -> mask like them, True = kept
         if not scores.numel(): return torch.ones_like(scores, dtype=torch.bool)
         f = self.fold(scores)
-        return self.unfold(keep_top(f, drops(self, f.size(0), f.size(1), asked(self if sparsity is None else Pattern(), sparsity))), scores.shape)
+        return self.unfold(self.keep(f, drops(self, f.size(0), f.size(1), asked(self if sparsity is None else Pattern(), sparsity))), scores.shape)
 
 # %% ../nbs/api/12_patterns.ipynb #06a280c0
 def fold(p: Pattern, scores: Tensor) -> Tensor:
@@ -111,12 +116,12 @@ def fold(p: Pattern, scores: Tensor) -> Tensor:
     return m.reshape(g.pr // g.gr, g.gr, g.k * g.pc // g.gc, g.gc).transpose(1, 2).reshape(-1, g.gr * g.gc)
 
 # %% ../nbs/api/12_patterns.ipynb #768df70d
-def unfold(p: Pattern, keep: Tensor, shape: tuple[int, ...]) -> Tensor:
-    "Undo `fold` for a bool answer: every weight gets the verdict of its tile; what was left out of the groups is kept."
+def unfold(p: Pattern, keep: Tensor, shape: tuple[int, ...], rest: Any = True) -> Tensor:
+    "Undo `fold` for an answer: every weight gets the verdict of its tile; what was left out of the groups gets `rest`, so it is kept."
     g = geometry(p, shape)
     if p.tile == (1, 1) and shape == (g.nr, g.nc) == (g.pr, g.pc) and 1 in (g.gr, g.pc // max(1, g.gc)): return keep.reshape(shape).contiguous()
     inner = shape[1] if p.layout == 'kernel' or p.layout == 'channels_last' and p.tile[1] != -1 else torch.Size(shape[1:]).numel()
-    m = torch.ones(shape[0], g.k, inner, dtype=torch.bool, device=keep.device)
+    m = torch.full((shape[0], g.k, inner), rest, dtype=keep.dtype, device=keep.device)
     if keep.numel():
         t = keep.reshape(g.pr // g.gr, g.k * g.pc // g.gc, g.gr, g.gc).transpose(1, 2).reshape(g.pr, g.k, g.pc)[:g.nr, :, :g.nc]
         if g.r > 1: t = t.repeat_interleave(g.r, 0)
@@ -176,17 +181,17 @@ def head(d: int, # size of an attention head
     return Pattern((d, -1) if axis == 'out' else (-1, d), name=f"head({d}{', axis=' + repr(axis) if axis != 'out' else ''})")
 
 # %% ../nbs/api/12_patterns.ipynb #170adc68
-def pattern(text: Any # 'unstructured', 'per_row', '2:4', '2:4:out', 'block32', 'block64x32', 'row', 'col', 'channel', 'head64', or a Pattern
+def pattern(text: Any # 'unstructured', 'per_row', '2:4', '2:4:out', '2:4:both', 'block32', 'block64x32', 'row', 'col', 'channel', 'head64', or a Pattern
             ) -> Pattern:
     "Read a pattern from a string. The first number of '2:4' counts what is kept."
     if isinstance(text, Pattern): return text
     t = str(text).strip().lower().removesuffix('()')
     plain: dict[str, Callable[[], Pattern]] = dict(unstructured=unstructured, per_row=per_row, row=row, col=col, channel=channel)
     if t in plain: return plain[t]()
-    if m := re.fullmatch(r'(\d+):(\d+)(?::(in|out))?', t): return nm(int(m[1]), int(m[2]), axis=m[3] or 'in')
+    if m := re.fullmatch(r'(\d+):(\d+)(?::(in|out|both))?', t): return transposable(int(m[1]), int(m[2])) if m[3] == 'both' else nm(int(m[1]), int(m[2]), axis=m[3] or 'in')
     if m := re.fullmatch(r'block\(?(\d+)(?:[x, ]+(\d+))?\)?', t): return block(int(m[1]), int(m[2] or m[1]))
     if m := re.fullmatch(r'head\(?(\d+)\)?', t): return head(int(m[1]))
-    raise ValueError(f"unknown pattern {text!r}: use {', '.join(plain)}, '2:4' (keeps 2 of 4), '2:4:out', 'block32', 'block64x32' or 'head64'")
+    raise ValueError(f"unknown pattern {text!r}: use {', '.join(plain)}, '2:4' (keeps 2 of 4), '2:4:out', '2:4:both', 'block32', 'block64x32' or 'head64'")
 
 # %% ../nbs/api/12_patterns.ipynb #d60fcbea
 def asked(p: Pattern, sparsity: float | None) -> float: # the fraction of zeros to make
@@ -326,7 +331,59 @@ def keep_top(folded: Tensor, # (groups, tiles in a group)
     if groups == 1: return above(folded, *threshold(lambda: ((f, 1) for f in folded.reshape(-1).split(2**20)), drop))[0]
     return nm_keep(folded, size - drop) if size <= 16 else row_keep(folded, drop)
 
+# %% ../nbs/api/12_patterns.ipynb #935a177d
+@cache
+def squares(keep: int, of: int) -> Tensor: # bool (masks, of, of)
+    "Every mask of a square that keeps `keep` in each row and each column; what is further to the left comes first."
+    rows = torch.tensor([[i in c for i in range(of)] for c in combinations(range(of), keep)])
+    all_ = torch.tensor(list(product(range(len(rows)), repeat=of)))
+    m = rows[all_]
+    return m[(m.sum(1) == keep).all(1)]
+
 # %% ../nbs/api/12_patterns.ipynb #54a276ea
+def deal(w: Tensor, m: Tensor, i: int, j: int) -> None:
+    "Give rows i and j of many squares (squares, of, of) the best masks that leave every column's count as it is; in place."
+    odd = m[:, i] ^ m[:, j]
+    best = (w[:, i] - w[:, j]).masked_fill(~odd, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    first = best < (m[:, i] & odd).sum(1, keepdim=True)
+    m[:, i], m[:, j] = torch.where(odd, first, m[:, i]), torch.where(odd, ~first, m[:, j])
+
+def search_squares(w: Tensor, # (squares, of, of) scores
+                   keep: int) -> Tensor: # bool like the scores
+    "Legal masks of squares, improved by pairs of rows and of columns until nothing is gained."
+    of, at = w.size(1), torch.arange(w.size(1), device=w.device)
+    m, before = (((at - at[:, None]) % of) < keep).expand_as(w).clone(), -torch.inf
+    while (now := (w * m).sum().item()) > before:
+        before = now
+        for i, j in combinations(range(of), 2): deal(w, m, i, j)
+        for i, j in combinations(range(of), 2): deal(w.mT, m.mT, i, j)
+    return m
+
+# %% ../nbs/api/12_patterns.ipynb #a7fe36de
+@dataclass(frozen=True, repr=False)
+class Transposable(Pattern):
+    "N:M along both axes: squares, in which every row and every column keeps as many."
+    def keep(self, folded: Tensor, drop: int | Tensor) -> Tensor:
+        of = self.group[0]
+        n = of - int(drop) / of
+        if n != int(n): raise ValueError(f"{self!r}: {int(drop)} zeros in a square of {of} × {of} are {of - n:g} in each row: use sparsities that are a multiple of 1/{of}")
+        if not 0 < n < of or not len(folded): return torch.full_like(folded, n > 0, dtype=torch.bool)
+        w = folded.to(torch.promote_types(folded.dtype, torch.float32))
+        if of > 4: return search_squares(w.view(-1, of, of), int(n)).reshape(folded.shape)
+        all_ = squares(int(n), of).to(w.device).flatten(1)
+        return torch.cat([all_[(x @ all_.T.to(w.dtype)).argmax(1)] for x in w.split(2**16)])
+
+def transposable(keep: int, # kept weights in each row and each column of a square
+                 of: int, # side of the square
+                 layout: str = 'channels_last', # for convolutions; see `cells`
+                 tail: str = 'raise', # an axis that `of` does not divide: 'raise' or 'dense'
+                 ) -> Pattern: # of sparsity 1 - keep/of
+    "N:M along inputs and outputs with one mask; exact up to 4 × 4, a local search beyond."
+    if tail == 'pad': raise ValueError("transposable fills no squares up, since a row of padding would lose weights that count: use tail='dense' or 'raise'")
+    p = nm(keep, of, layout=layout, tail=tail)
+    return Transposable(group=(of, of), layout=layout, tail=tail, sparsity=p.sparsity, name=p.name.replace('nm', 'transposable', 1) + ' and out')
+
+# %% ../nbs/api/12_patterns.ipynb #806a3c70
 def row_unit(p: Pattern) -> int: # rows that must stay together, 0 = all of them
     "A slab may be cut between multiples of this many rows."
     if p.tile[0] == -1 or (p.group[0] == -1 and p.group[1] != -1): return 0
@@ -350,17 +407,25 @@ def scan(site: Site, # the weight
     unit = row_unit(p) if getattr(score, 'rowwise', False) else 0
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
-# %% ../nbs/api/12_patterns.ipynb #a7fe36de
-def check_shard(site: Site, p: Pattern) -> None:
-    "ValueError when the pattern compares weights that lie on different ranks."
+# %% ../nbs/api/12_patterns.ipynb #b4aa4306
+def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
+    "ValueError when pattern or criterion compare weights that lie on different ranks."
     places = getattr(site.parameter, 'placements', ())
     out = 1 if site.view is Tensor.t else 0
     for place in places:
         if place.is_partial() or place.is_shard() and (place.dim != out or not row_unit(p) or p.group[0] == -1 or site.shape[0] % row_unit(p)):
             raise ValueError(f"{site.name} is sharded as {places} and {p!r} compares across shards: "
                              f"use a pattern inside rows, such as nm(2, 4) or per_row(), on weights sharded by rows")
+        if place.is_shard() and score is not None and not getattr(score, 'rowwise', False):
+            raise ValueError(f"{site.name} is sharded as {places}, and {getattr(score, '__name__', score)} may look at the whole weight: "
+                             f"take another criterion, or mark yours with @criterion() when a row's score depends on that row alone")
 
-# %% ../nbs/api/12_patterns.ipynb #524ff1e8
+# %% ../nbs/api/12_patterns.ipynb #3a637a19
+def groups_before(site: Site, p: Pattern) -> int:
+    "Groups of the whole weight that lie before the site's, on other ranks."
+    g, unit = geometry(p, tuple(site.shape)), row_unit(p)
+    return first_row(site) // unit * (g.k * g.pc // g.gc) if unit and g.gc else 0
+
 def masks(site: Site, # the weight
           score: Callable[[Site], Tensor], # criterion: larger = more important
           p: Pattern,
@@ -368,15 +433,14 @@ def masks(site: Site, # the weight
           cut: tuple[float, int] | None = None, # where to cut, when a global ranking knows already
           ) -> Iterator[tuple[Site, Tensor]]: # (slab, its mask)
     "The mask of a weight, a slab at a time. Memory: a few slabs, when criterion and pattern work inside rows."
-    check_shard(site, p)
+    check_shard(site, p, score)
     if not site.numel:
         yield site, torch.ones(site.shape, dtype=torch.bool, device=site.weight.device)
         return
-    g, unit = geometry(p, tuple(site.shape)), row_unit(p)
-    first = site.start // unit * (g.k * g.pc // g.gc) if unit and g.gc else 0 # groups that lie before, on other ranks
+    g, first = geometry(p, tuple(site.shape)), groups_before(site, p)
     if p.group != (-1, -1) or cut is None and site.weight.is_cuda and site.numel <= 2**26:
         for s, f in scan(site, score, p):
-            yield s, p.unfold(keep_top(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)
+            yield s, p.unfold(p.keep(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)
             first += len(f)
         return
     n = g.nr * g.k * g.nc

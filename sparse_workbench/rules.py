@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Site, masked_
-from .patterns import Pattern, check_scores, check_shard, drops, keep_top, masks
+from .patterns import Pattern, check_scores, check_shard, drops, groups_before, keep_top, masks
 from .schedules import Schedule, fraction as checked_fraction
 from .scores import Score, chance, gradient, held, magnitude, random
 
@@ -49,12 +49,13 @@ def apply_mask(site: Site) -> None:
 # %% ../nbs/api/20_rules.ipynb #cd8f923b
 def folded(site: Site, score: Score, p: Pattern) -> Tensor: # (groups, tiles in a group)
     "Checked scores of a whole weight, folded."
+    check_shard(site, p, score)
     return p.fold(check_scores(site, score(site), score))
 
 def counts(site: Site, p: Pattern) -> tuple[Tensor, Tensor]: # bool (groups, tiles), long (groups,) on the CPU
     "Which tiles are kept now, and how many are asked for in each group."
     now = p.fold(torch.ones_like(site.weight) if site.mask is None else site.mask.to(site.weight.dtype)) > 0
-    return now, (now.size(1) - torch.as_tensor(drops(p, now.size(0), now.size(1), site.sparsity))).expand(len(now))
+    return now, (now.size(1) - torch.as_tensor(drops(p, now.size(0), now.size(1), site.sparsity, groups_before(site, p)))).expand(len(now))
 
 def best(scores: Tensor, # (groups, tiles)
          among: Tensor, # bool like `scores`: the candidates

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .core import Site, stat
+from .core import Site, first_row, stat
 
 # %% ../nbs/api/11_scores.ipynb #825f5e68
 Score = Callable[[Site], Tensor]
@@ -40,7 +40,7 @@ def noise(seed: int | str) -> Score: # a criterion
     @criterion(finite=True)
     def random(site: Site) -> Tensor:
         n = site.numel
-        first = site.start * (n // max(1, site.shape[0]))
+        first = first_row(site) * (n // max(1, site.shape[0]))
         key = int.from_bytes(hashlib.blake2b(f'{seed} {site.name}'.encode(), digest_size=8).digest(), 'big') >> 1
         x = torch.arange(first, first + n, device=site.weight.device) + key
         for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)): x = (x ^ ((x >> shift) & (2**(64 - shift) - 1))) * factor

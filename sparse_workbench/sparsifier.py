@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVENTS', 'Bucket', 'join', 'parts', 'packed', 'pack', 'buckets', 'needs', 'stamp', 'pass_gradient', 'enter',
            'check_unchanged', 'kept', 'optimizer_state', 'newborn', 'check_all_finite', 'arriving', 'joint',
-           'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'put', 'around', 'unscaled', 'before_step',
-           'Sparsifier', 'attach', 'first_masks', 'detach', 'Events', 'changes', 'record', 'state_dict',
+           'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'put', 'around', 'unscaled', 'rehearsal',
+           'before_step', 'Sparsifier', 'attach', 'first_masks', 'detach', 'Events', 'changes', 'record', 'state_dict',
            'load_state_dict', 'copy_stats']
 
 # %% ../nbs/api/23_sparsifier.ipynb #9935b7bc
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .allocation import Allocate, explicit, uniform
 from .core import Report, Site, check_finite, local, masked, report
 from .flows import Flow, cut
-from .patterns import Pattern, asked, drops, keep_top, pattern as read_pattern, unstructured
+from .patterns import Pattern, asked, check_shard, drops, keep_top, pattern as read_pattern, unstructured
 from .rules import Rule, keep_best
 from .schedules import Schedule, When, constant, every, once
 from .scores import magnitude
@@ -232,11 +232,16 @@ def unscaled(optimizer: torch.optim.Optimizer) -> bool: # False: the optimizer w
         optimizer.grad_scale = None # type: ignore[attr-defined]
     return True
 
+def rehearsal(optimizer: torch.optim.Optimizer) -> bool:
+    "Is this the step with no rate and no gradient by which torch.distributed.checkpoint makes an optimizer's state?"
+    return (not optimizer.state and all(float(g['lr']) == 0 for g in optimizer.param_groups)
+            and not any(local(p.grad).any() for g in optimizer.param_groups for p in g['params'] if p.grad is not None))
+
 def before_step(sp: 'Sparsifier', optimizer, args: tuple, kwargs: dict):
     "The optimizer's step_pre_hook; args[0] is the optimizer itself."
     if len(args) > 1 and args[1] is not None: return (args[0], around(sp, args[1]), *args[2:]), kwargs
     if kwargs.get('closure') is not None: return args, {**kwargs, 'closure': around(sp, kwargs['closure'])}
-    if unscaled(optimizer): enter(sp)
+    if not rehearsal(optimizer) and unscaled(optimizer): enter(sp)
 
 # %% ../nbs/api/23_sparsifier.ipynb #9f807d0d
 class Sparsifier:
@@ -272,6 +277,7 @@ class Sparsifier:
 # %% ../nbs/api/23_sparsifier.ipynb #e547ee45
 def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # itself
     "Choose the first masks and hook into the optimizer; ValueError leaves model and optimizer untouched."
+    while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer): optimizer = optimizer.optimizer # type: ignore[attr-defined] # a host's wrapper
     if sp.hooks: raise ValueError("this sparsifier is attached already: detach() it first, or make another one")
     if not sp.sites: raise ValueError("no sites: make them with sites(model)")
     held = {id(p) for g in optimizer.param_groups for p in g['params']}
@@ -281,6 +287,7 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # it
     for other in (h.sparsifier for h in optimizer._optimizer_step_post_hooks.values() if hasattr(h, 'sparsifier')):
         if both := {id(s.parameter) for s in sp.sites} & {id(s.parameter) for s in other.sites}:
             raise ValueError(f"{next(s.name for s in sp.sites if id(s.parameter) in both)} is in another sparsifier on this optimizer: detach() that one first")
+    for s in sp.sites: check_shard(s, sp.pattern)
     sp.optimizer, sp.attached, sp.finite = optimizer, {s.name: s.parameter for s in sp.sites}, []
     try: first_masks(sp)
     except BaseException:
@@ -356,7 +363,7 @@ def load_state_dict(sp: Sparsifier, state: dict[str, Any]) -> None:
     for s in sp.sites:
         m = state['sites'][s.name].get('mask')
         if m is not None and m.shape != s.shape: raise ValueError(f"{s.name} is {tuple(s.shape)}, in the checkpoint {tuple(m.shape)}")
-    sp.t, sp.loaded = state['t'], True
+    sp.t, sp.loaded = state['t'], not sp.hooks
     for s in sp.sites:
         for k, v in state['sites'][s.name].items(): setattr(s, k, v.clone().to(s.weight.device) if isinstance(v, Tensor) else copy_stats(v))
 

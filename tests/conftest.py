@@ -30,7 +30,5 @@ def data() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    "Notebooks first, the longest files early, so that no worker ends alone; browser tests share one server in one worker."
+    "Notebooks first, the longest files early, so that no worker ends alone."
     items.sort(key=lambda i: not i.nodeid.startswith('tests/test_nbs.py'))
-    for i in items:
-        if 'tests/ui/' in i.nodeid: i.add_marker(pytest.mark.xdist_group('ui'))

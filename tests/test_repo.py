@@ -112,7 +112,7 @@ def test_nothing_imports_experiments():
 
 
 HEAVY = ['pandas', 'matplotlib', 'transformers', 'ipywidgets', 'anywidget', 'papermill', 'nbdev', 'nbformat', 'fastcore', 'IPython',
-         'sklearn']
+         'sklearn', 'accelerate', 'lightning']
 PROBE = f"""
 import json, sys, time, torch
 start = time.process_time()
