@@ -8,7 +8,8 @@ __all__ = ['CHUNK', 'INTS', 'FORMATS', 'FILES', 'MARK', 'VERSION', 'BITS', 'OWN'
            'contents', 'unwrapped', 'whole_name', 'chosen', 'sizes', 'store', 'detached', 'goals', 'collected',
            'class_path', 'write_config', 'check_target', 'whole', 'fingerprint', 'package_version', 'save_sparse',
            'read_json', 'take', 'check_entry', 'manifest', 'check_files', 'check_part', 'check_bits', 'mapped',
-           'payloads', 'check_fit', 'fill', 'clean', 'builder', 'retyped', 'generation', 'rebuilt', 'load_sparse']
+           'payloads', 'check_fit', 'fill', 'clean', 'builder', 'retyped', 'generation', 'rebuilt', 'load_sparse',
+           'masks_from_zeros', 'from_torch_prune']
 
 # %% ../nbs/api/41_formats.ipynb #a8835b07
 import hashlib
@@ -34,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .core import Report, Site, named_weights, output_head
+from .core import Report, Site, named_weights, output_head, sites as find_sites
 
 # %% ../nbs/api/41_formats.ipynb #4b01e8ac
 def pack(kept: Tensor, # (weights,) bool
@@ -517,3 +518,22 @@ def load_sparse(folder: str | Path, # from `save_sparse`
         raise ValueError(f"{cold[0]} is on the meta device: call model.to_empty(device='cpu') first")
     fill(held, m['tensors'], data)
     return target if model is None else model
+
+# %% ../nbs/api/41_formats.ipynb #08cd7821
+def masks_from_zeros(model: nn.Module,
+                     sites: Iterable[Site] | None = None, # default: every prunable weight but output heads
+                     ) -> dict[str, Tensor]: # name: bool like the weight, True where it is not zero
+    "Read masks off the zeros of a model; ValueError when there are none."
+    masks = {s.name: s.weight != 0 for s in (find_sites(model) if sites is None else sites)}
+    if all(m.all() for m in masks.values()):
+        raise ValueError(f"no weight of {', '.join(list(masks)[:4])}{' …' if len(masks) > 4 else ''} is zero: this model is not pruned (or its zeros were trained away)")
+    return masks
+
+def from_torch_prune(model: nn.Module) -> dict[str, Tensor]: # name: bool like the weight, True = kept
+    "End every torch.nn.utils.prune in the model: weights become plain again, zeros stay. ValueError when there is none."
+    from torch.nn.utils import prune
+    found = [(m, h._tensor_name) for m in model.modules() for h in m._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]
+    if not found: raise ValueError(f"{type(model).__name__} has no torch.nn.utils.prune masks; read them off its zeros with masks_from_zeros(model)")
+    masks = {(id(m), n): m.get_buffer(f'{n}_mask').bool() for m, n in found}
+    for m, n in found: prune.remove(m, n)
+    return {s.name: s.of(masks[id(s.module), s.param]) for _, s in named_weights(model) if (id(s.module), s.param) in masks}

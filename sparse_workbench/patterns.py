@@ -353,7 +353,7 @@ def search_squares(w: Tensor, # (squares, of, of) scores
     "Legal masks of squares, improved by pairs of rows and of columns until nothing is gained."
     of, at = w.size(1), torch.arange(w.size(1), device=w.device)
     m, before = (((at - at[:, None]) % of) < keep).expand_as(w).clone(), -torch.inf
-    while (now := (w * m).sum().item()) > before:
+    while (now := (w * m).sum(dtype=torch.float64).item()) > before:
         before = now
         for i, j in combinations(range(of), 2): deal(w, m, i, j)
         for i, j in combinations(range(of), 2): deal(w.mT, m.mT, i, j)

@@ -6,13 +6,15 @@
 __all__ = ['REGISTER', 'recipe', 'random', 'magnitude', 'wanda', 'ria', 'snip', 'grasp', 'taylor', 'obd', 'synflow', 'plan',
            'window', 'rhythm', 'spread', 'along', 'static', 'retrain', 'spdf', 'gmp', 'journey', 'acdc', 'iss_p',
            'mask_sparsity', 'dynamic', 'set_', 'rigl', 'itop', 'check_momentum', 'snfs', 'erk_then_global', 'granet',
-           'blast', 'deepr', 'top_kast', 'ste', 'sr_ste', 'holder', 'rounds_of', 'round_of', 'imp', 'fresh_norms',
-           'soup', 'random_search', 'table']
+           'blast', 'deepr', 'top_kast', 'ste', 'sr_ste', 'mask_decay', 'hard', 'n_of_m', 'structure_decay', 'asp',
+           'swap_gains', 'channel_order', 'reorder', 'masked_decay', 's_ste', 'flips', 'virtual', 'tune_decay', 'ast',
+           'cast', 'step', 'holder', 'rounds_of', 'round_of', 'imp', 'fresh_norms', 'soup', 'random_search', 'table']
 
 # %% ../nbs/api/42_recipes.ipynb #e3685d17
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from . import flows, rules, schedules, scores
 from .allocation import Allocate, borrow, er, erk, erk_plus, global_, redistribute, uniform, uniform_plus
 from .core import Report, Site, Sites, report, sites
 from .oneshot import prune
-from .patterns import Pattern, asked, block, nm, pattern as read_pattern, per_row, row, unstructured
-from .rules import drop_grow, explored, forgetting, given, keep_best
+from .optimizers import MaskedAdam, StepAdam, l1_after, pull_after
+from .patterns import Pattern, asked, block, nm, pattern as read_pattern, per_row, row, transposable, unstructured
+from .rules import drop_grow, explored, forgetting, given, keep_best, nowhere, regrouped
 from .schedules import Schedule, When, cosine_fraction, cubic, death_rate, every, once, whole
 from .sparsifier import Sparsifier
 from .stats import Calibration, call, collect
@@ -302,6 +305,174 @@ def sr_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     return Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.sr_ste(decay)).attach(optimizer)
 
 # %% ../nbs/api/42_recipes.ipynb #f71cbdce
+@recipe('Progressive gradient flow: mask decay (MdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
+def mask_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'exponential', rate: float | None = None,
+               begin: float = 0., end: float = .8, backward: str = 'ste', pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Dense, then what is pruned counts D times with D falling to 0 (`kind` linear or exponential), then a hard mask; gradients straight through, or `backward='exact'`."
+    (p, s), (a, b) = plan(pattern, sparsity, total_steps), window(total_steps, begin, end)
+    flow = flows.mask_decay(rate or {'linear': 1.}.get(kind, math.log(100)) / (b - a), kind, a, b, backward)
+    return Sparsifier(sites(model, **which), pattern=p, sparsity=schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
+
+@contextmanager
+def hard(sp: Sparsifier) -> Iterator[None]:
+    "Inside the block the model holds hard-masked weights, whatever the flow leaves in use; afterwards what it held before."
+    before = [s.weight.clone() for s in sp.sites]
+    try:
+        with torch.no_grad():
+            for s in sp.sites: rules.apply_mask(s)
+        yield
+    finally:
+        with torch.no_grad():
+            for s, w in zip(sp.sites, before): s.weight.copy_(w)
+
+# %% ../nbs/api/42_recipes.ipynb #4a9b3b53
+def n_of_m(name: str, p: Pattern) -> tuple[int, int]: # N and M
+    "What an N:M pattern keeps of how many; ValueError for any other."
+    if type(p) is not Pattern or not p.fixed or 1 not in p.group or p.sparsity is None:
+        raise ValueError(f"{name} leads to N:M, and {p!r} is none: give pattern='1:8' or nm(1, 8)")
+    of = max(p.group)
+    return round(of * (1 - p.sparsity)), of
+
+@recipe('Progressive gradient flow: structure decay (SdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
+def structure_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'step', begin: float = 0., end: float = .8,
+                    flow: flows.Flow = flows.ste, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Binary masks all the way: 15:16, 8:16, 4:16, 2:16, 1:16 (`kind='step'`), or 8:128, 4:64, 2:32, 1:16 ('geometric'), each for as long; dense before `begin`."
+    (p, s), (a, b) = plan(pattern, sparsity, total_steps), window(total_steps, begin, end)
+    keep, of = n_of_m('structure_decay', p)
+    if kind not in ('step', 'geometric'): raise ValueError(f"kind={kind!r}: a structure decays by 'step' or is 'geometric'")
+    step = kind == 'step'
+    rule = keep_best() if step else regrouped(keep_best(), schedules.shrinking_groups(keep, of, b - a, a))
+    return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.halving(keep, of, b - a, a) if step else schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
+
+# %% ../nbs/api/42_recipes.ipynb #f63bdbfb
+@recipe('ASP', 'https://arxiv.org/abs/2104.08378', 'training')
+def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, multiples: tuple[int, int] = (8, 16),
+        score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Prune a trained model once, 2:4 by magnitude, and train on with that mask; layers whose (out, in) are no multiples of `multiples` stay dense."
+    (p, s), ss = plan(pattern, sparsity, total_steps), sites(model, **which)
+    odd = {x.name: f'({x.shape[0]}, {x.shape[1]}) is no multiple of {multiples}' for x in ss if x.shape[0] % multiples[0] or x.shape[1] % multiples[1]}
+    left = Sites([x for x in ss if x.name not in odd], ss.left | odd)
+    if not left: raise ValueError(f"asp leaves every layer dense: {', '.join(f'{n} {why}' for n, why in list(odd.items())[:4])}; multiples=(1, 1) takes them all")
+    return Sparsifier(left, keep_best(score), pattern=p, allocate=spread(None, p, uniform), sparsity=s, when=once()).attach(optimizer)
+
+# %% ../nbs/api/42_recipes.ipynb #ee16bd0c
+def swap_gains(w: Tensor, # (rows, inputs) magnitudes in their present order
+               i: int, keep: int, of: int) -> Tensor: # (inputs,) what exchanging input i with each other one would gain
+    "Kept magnitude after the exchange less that before."
+    rows, n = w.shape
+    kept = lambda x: x.topk(keep, dim=-1).values.sum((0, -1))
+    g, a = w.view(rows, n // of, of), i // of
+    rest = torch.cat([g[:, a, :i % of], g[:, a, i % of + 1:]], 1)
+    here = kept(torch.cat([rest[:, None].expand(-1, n, -1), w[:, :, None]], 2))
+    eye = torch.eye(of, dtype=torch.bool, device=w.device)
+    there = kept(torch.where(eye, w[:, i, None, None, None], g[:, :, None])).reshape(n)
+    before = kept(g)
+    gain = here + there - before[a] - before.repeat_interleave(of)
+    gain[a * of:(a + 1) * of] = 0
+    return gain
+
+def channel_order(weights: Sequence[Tensor], # (out, in, *kernel) of the layers that read the same inputs
+                  keep: int = 2, of: int = 4, sweeps: int = 20) -> Tensor: # (in,) the new order of the inputs
+    "An order of the inputs in which N:M keeps more magnitude. Work: sweeps × inputs² × rows."
+    w = torch.cat([x.detach().flatten(2).transpose(1, 2).flatten(0, 1) if x.ndim > 2 else x.detach() for x in weights]).abs().float()
+    if w.size(1) % of: raise ValueError(f"{w.size(1)} inputs are no multiple of {of}")
+    order = torch.arange(w.size(1), device=w.device)
+    for _ in range(sweeps):
+        start = order.clone()
+        for i in range(len(order)):
+            gain, j = swap_gains(w[:, order], i, keep, of).max(0)
+            if gain > 1e-6 * w.amax(): order[[i, int(j)]] = order[[int(j), i]]
+        if torch.equal(order, start): break
+    return order
+
+# %% ../nbs/api/42_recipes.ipynb #bc3c79a3
+def reorder(order: Tensor, # (channels,) from channel_order
+            before: Sequence[nn.Module], # what delivers the channels: layers, and the norms after them
+            after: Sequence[nn.Module], # what reads them
+            ) -> None: # in place
+    "Permute channels between layers; the model computes what it did before."
+    with torch.no_grad():
+        for m in before:
+            for t in (*m.parameters(recurse=False), *(b for b in m.buffers(recurse=False) if b.ndim)): t.copy_(t[order])
+        for m in after: m.weight.copy_(m.weight[:, order]) # type: ignore[operator, index]
+
+# %% ../nbs/api/42_recipes.ipynb #aedb4281
+@recipe('Accelerating transformer pre-training with 2:4 (masked decay)', 'https://arxiv.org/abs/2404.01847', 'training')
+def masked_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 2e-4, frequency: int | None = None,
+                 dense: float = 1/6, pattern: Any = transposable(2, 4), **which) -> Sparsifier:
+    "Transposable 2:4 masks every 40 steps, a pull on what is pruned, and a dense end (`dense=0`: none). Name the layers, e.g. include='*mlp*'."
+    p, s = plan(pattern, sparsity, total_steps)
+    turn = window(total_steps, 0, 1 - schedules.fraction('dense', dense))[1] if dense else total_steps + 1
+    n = rhythm(frequency, 40, 0, min(turn, total_steps))
+    return Sparsifier(sites(model, **which), pattern=p, sparsity=schedules.steps({0: s, turn: 0.}), when=lambda t: t == turn or t < turn and t % n == 0,
+                      flow=flows.sr_ste(decay)).attach(optimizer)
+
+@recipe('S-STE', 'https://arxiv.org/abs/2409.09099', 'training')
+def s_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Continuous 2:4: a soft threshold, a scale frozen at the first step, gradients straight through; no decay, no dense end."
+    p, s = plan(pattern, sparsity, total_steps)
+    return Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.s_ste).attach(optimizer)
+
+# %% ../nbs/api/42_recipes.ipynb #6a4d0e89
+def flips(sp: Sparsifier) -> list[tuple[int, float]]: # (step, rate), filled as training goes on
+    "Record the share of weights whose mask has changed, at every change of masks."
+    out: list[tuple[int, float]] = []
+    def count(sp: Sparsifier, old: Sequence[Tensor | None]) -> None:
+        both = [(m, s.mask) for s, m in zip(sp.sites, old) if m is not None and s.mask is not None]
+        out.append((sp.t, sum(int(torch.count_nonzero(a ^ b)) for a, b in both) / max(1, sum(a.numel() for a, _ in both))))
+    sp.listeners.append(count)
+    return out
+
+def virtual(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, pattern: Any = nm(2, 4), frequency: int = 1, **which) -> Sparsifier:
+    "A dense training that is watched: masks are chosen as for a sparse one, and nothing is done with them."
+    p, s = plan(pattern, sparsity, 1)
+    return Sparsifier(sites(model, **which), forgetting(keep_best(), nowhere), pattern=p, sparsity=s, when=every(frequency), flow=flows.dense).attach(optimizer)
+
+def tune_decay(flip: Callable[[float | None], float], # a short training with this λ -> its mean flip rate; None: dense, with `virtual`
+               decays: Sequence[float] = (6e-6, 2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
+               band: tuple[float, float] = (.6, .95)) -> tuple[float, dict[float, float]]: # λ, and the ratio to the dense flip rate for each
+    "The λ whose flip rate, as a share of the dense run's, lies in the band and nearest to its middle; ValueError with all ratios when none does."
+    base = flip(None)
+    if not base > 0: raise ValueError(f"the dense run has flip rate {base}: train for more steps, or with a larger learning rate")
+    ratios = {d: flip(d) / base for d in decays}
+    good = [d for d, r in ratios.items() if band[0] <= r <= band[1]]
+    if not good: raise ValueError(f"no λ has a ratio between {band[0]} and {band[1]}: " + ', '.join(f'{d:g}: {r:.2f}' for d, r in ratios.items()) + '; try larger ones if all ratios are above, smaller ones if below')
+    return min(good, key=lambda d: abs(ratios[d] - sum(band) / 2)), ratios
+
+# %% ../nbs/api/42_recipes.ipynb #bd3c110a
+@recipe('AST (adaptive sparse trainer)', 'https://arxiv.org/abs/2407.20584', 'training')
+def ast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 6e-5, rise: float = .25, frequency: int | None = None,
+        score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "SR-STE with a pull that rises over the fraction `rise` of the steps; masks every 10. With MaskedAdam the pull comes after the momentum."
+    (p, s), (_, top) = plan(pattern, sparsity, total_steps), window(total_steps, 0, rise)
+    inside = isinstance(optimizer, MaskedAdam)
+    sp = Sparsifier(sites(model, **which), keep_best(score), pattern=p, sparsity=s, when=every(rhythm(frequency, 10, 0, total_steps)),
+                    flow=flows.ste if inside else flows.sr_ste(decay, top)).attach(optimizer)
+    if isinstance(optimizer, MaskedAdam): optimizer.shape, optimizer.sites = optimizer.shape or pull_after(decay, top), list(sp.sites)
+    return sp
+
+@recipe('CAST', 'https://arxiv.org/abs/2509.25996', 'training')
+def cast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 4e-7, frequency: int | None = None,
+         score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Dense in the forward pass; outside the mask loss gives way to an L1 pull, linearly; masks every 10 steps, cut after the last. With MaskedAdam the paper's AdamS."
+    p, s = plan(pattern, sparsity, total_steps)
+    n = rhythm(frequency, 10, 0, total_steps)
+    sp = Sparsifier(sites(model, **which), forgetting(keep_best(score), nowhere), pattern=p, sparsity=s, when=lambda t: t < total_steps and t % n == 0,
+                    flow=flows.soft(total_steps) if isinstance(optimizer, MaskedAdam) else flows.adam_l1(decay, total_steps)).attach(optimizer)
+    if isinstance(optimizer, MaskedAdam): optimizer.shape, optimizer.sites = optimizer.shape or l1_after(decay, total_steps), list(sp.sites)
+    return sp
+
+# %% ../nbs/api/42_recipes.ipynb #a3e1a15c
+@recipe('STEP', 'https://arxiv.org/abs/2302.01172', 'training')
+def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, dense: float = .5, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Dense until the variances have settled, then straight through with N:M masks; with StepAdam the second moment is frozen at the switch."
+    (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, dense)
+    def now(t: int) -> float:
+        at = optimizer.switch if isinstance(optimizer, StepAdam) else turn
+        return s if at is not None and t >= at else 0.
+    return Sparsifier(sites(model, **which), pattern=p, sparsity=now, flow=flows.ste).attach(optimizer)
+
+# %% ../nbs/api/42_recipes.ipynb #b64e1dc9
 def holder(model: nn.Module, masks: dict[str, Tensor], which: dict, used: list[Sparsifier]) -> Callable[[Optimizer], Sparsifier]:
     "A function that makes an optimizer keep these masks."
     table = {n: 1 - int(m.sum()) / max(1, m.numel()) for n, m in masks.items()}
@@ -322,7 +493,7 @@ def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     if not used: raise ValueError("train(model, hold) must call hold(optimizer) before its first step, so that pruned weights stay zero")
     for sp in used: sp.detach()
 
-# %% ../nbs/api/42_recipes.ipynb #cd6cf4ee
+# %% ../nbs/api/42_recipes.ipynb #e31ecead
 @recipe('The lottery ticket hypothesis', 'https://arxiv.org/abs/1803.03635', 'outer loop')
 def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsity: float, rate: float = .2, rewind: str = 'weights',
         allocate: Allocate = global_, pattern: Any = unstructured(), **which) -> list[Report]: # one report for each round of pruning
@@ -343,7 +514,7 @@ def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsi
     round_of(model, ss, train, which)
     return reports
 
-# %% ../nbs/api/42_recipes.ipynb #4de3f2a4
+# %% ../nbs/api/42_recipes.ipynb #7333b79c
 def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     "Running statistics of all batch norms, from these batches alone; the mode of every module is put back."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -359,7 +530,7 @@ def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         for m, r in zip(norms, rates): m.momentum = r
         for k, t in was.items(): k.training = t
 
-# %% ../nbs/api/42_recipes.ipynb #bc3c79a3
+# %% ../nbs/api/42_recipes.ipynb #7a2d8df7
 @recipe('Sparse model soups', 'https://arxiv.org/abs/2306.16788', 'outer loop')
 def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, **which) -> nn.Module:
     "The average of models with one mask, as a new model; batch norms get fresh statistics from `batches`. ValueError when masks differ."
@@ -376,7 +547,7 @@ def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, *
     if batches is not None: fresh_norms(out, batches)
     return out
 
-# %% ../nbs/api/42_recipes.ipynb #6ac31e29
+# %% ../nbs/api/42_recipes.ipynb #b6b3d980
 @recipe('Random search', 'https://arxiv.org/abs/2403.08265', 'outer loop')
 def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, sparsity: float | None = None, tries: int = 10, **how) -> list[float]: # a value for each draw
     "Draw random masks, keep the one with the lowest evaluate(model), before any training; the model is left with it."
@@ -389,7 +560,7 @@ def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, s
     prune(model, sparsity, score=scores.noise(min(range(tries), key=values.__getitem__)), **how)
     return values
 
-# %% ../nbs/api/42_recipes.ipynb #69e8bd23
+# %% ../nbs/api/42_recipes.ipynb #c18b3b31
 def table() -> list[dict[str, str]]: # one row for each recipe: name, paper, family, needs, summary
     "All recipes, read from the register."
     import inspect

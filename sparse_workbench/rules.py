@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Rule', 'keep_best', 'named', 'needed', 'apply_mask', 'folded', 'counts', 'best', 'fill', 'at_zero', 'drop_grow',
            'carry', 'explored', 'exploration', 'nowhere', 'when_dense', 'forgetting', 'rewire', 'two_sets', 'shrinking',
-           'given']
+           'regrouped', 'given']
 
 # %% ../nbs/api/20_rules.ipynb #922436b2
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -54,6 +55,7 @@ def folded(site: Site, score: Score, p: Pattern) -> Tensor: # (groups, tiles in 
 
 def counts(site: Site, p: Pattern) -> tuple[Tensor, Tensor]: # bool (groups, tiles), long (groups,) on the CPU
     "Which tiles are kept now, and how many are asked for in each group."
+    if type(p) is not Pattern: raise ValueError(f"{p!r} chooses squares as a whole, so single weights cannot be exchanged: take nm, block, per_row or unstructured")
     now = p.fold(torch.ones_like(site.weight) if site.mask is None else site.mask.to(site.weight.dtype)) > 0
     return now, (now.size(1) - torch.as_tensor(drops(p, now.size(0), now.size(1), site.sparsity, groups_before(site, p)))).expand(len(now))
 
@@ -165,7 +167,8 @@ def two_sets(score: Score = magnitude,
         see(site, p)
         assert site.mask is not None
         site.stats['learns'] = p.select(check_scores(site, score(site), score), max(0., 1 - wider * (1 - site.sparsity))) | site.mask
-    return carry(see, rule)
+    carry(see, rule).latent = True # type: ignore[attr-defined]
+    return rule
 
 # %% ../nbs/api/20_rules.ipynb #5632f685
 def shrinking(rule: Rule = keep_best(), # chooses what is small
@@ -179,6 +182,17 @@ def shrinking(rule: Rule = keep_best(), # chooses what is small
     return forgetting(carry(rule, soft), nowhere)
 
 # %% ../nbs/api/20_rules.ipynb #f5de56ad
+def regrouped(rule: Rule, groups: Callable[[int], tuple[int, int]] # t -> (N, M), multiples of the pattern's
+              ) -> Rule:
+    "The same rule under N:M with wider groups, as `groups` says of the step; for patterns nm(N, M)."
+    def wider(site: Site, p: Pattern) -> None:
+        line, of = max(p.group), groups(site.step)[1]
+        axis = site.shape[0] if p.group[0] > 1 else site.numel // site.shape[0] if p.layout == 'flat' else site.shape[1]
+        while of > line and axis % of: of //= 2
+        rule(site, replace(p, group=(of, 1) if p.group[0] > 1 else (1, of), name='') if of > line else p)
+    return carry(rule, wider)
+
+# %% ../nbs/api/20_rules.ipynb #1695d760
 def given(masks: Mapping[str, Tensor] # by name of the site: bool like the weight, True = kept
           ) -> Rule:
     "The rule that takes masks from a table. KeyError or ValueError when one is missing or does not fit."

@@ -192,7 +192,8 @@ def show(sp: 'Sparsifier') -> None:
             w = join(ws)
             if sp.flow.latent and b.sites[0].latent is None: pack(b, 'latent', w.clone())
             elif sp.flow.latent: packed(b, 'latent').copy_(w)
-            seen = sp.flow.see(w, packed(b, 'mask'), sp.t)
+            at_once = sp.flow.see_site is None
+            seen = sp.flow.see(w, packed(b, 'mask'), sp.t) if at_once else join([sp.flow.see_site(s, sp.pattern, sp.t) for s in b.sites]) # type: ignore[misc]
             if seen.data_ptr() != ws[0].data_ptr(): torch._foreach_copy_(ws, parts(b, seen))
     sp.inside = False
 
@@ -288,12 +289,15 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # it
         if both := {id(s.parameter) for s in sp.sites} & {id(s.parameter) for s in other.sites}:
             raise ValueError(f"{next(s.name for s in sp.sites if id(s.parameter) in both)} is in another sparsifier on this optimizer: detach() that one first")
     for s in sp.sites: check_shard(s, sp.pattern)
+    if getattr(sp.rule, 'latent', False) and not sp.flow.latent:
+        raise ValueError(f"{getattr(sp.rule, '__name__', sp.rule)} works on the dense weight that a flow keeps, and {sp.flow!r} keeps none: use flow=ste, or another with a latent weight")
     sp.optimizer, sp.attached, sp.finite = optimizer, {s.name: s.parameter for s in sp.sites}, []
-    try: first_masks(sp)
+    try:
+        first_masks(sp)
+        show(sp)
     except BaseException:
         sp.optimizer = None
         raise
-    show(sp)
     post = lambda *_: leave(sp)
     post.sparsifier = sp # type: ignore[attr-defined]
     sp.hooks = [optimizer.register_step_pre_hook(lambda o, a, k: before_step(sp, o, a, k)), optimizer.register_step_post_hook(post)]

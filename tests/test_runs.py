@@ -443,12 +443,13 @@ def test_list_names_a_notebook_it_cannot_read(tmp_path, capsys):
     assert 'good: ' in out and 'bad.ipynb is not a notebook' in err
 
 
-@pytest.mark.filterwarnings('always')   # Python says the same warning once a process
 def test_results_command(project, tmp_path, fake, capsys):
     a = run('toy', store=tmp_path, progress=False)
     broken = run('toy', store=tmp_path, progress=False, power=3)
     (broken.path/'result.json').write_text('{')
-    assert cli.main(['results', '--store', str(tmp_path)]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('always') # Python says the same warning once a process
+        assert cli.main(['results', '--store', str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert a.id in out and broken.id not in out
     assert f'skipped {broken.path.name}/result.json' in err and '1 finished, 0 failed' in err

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparse_workbench.allocation import erk, global_
 from sparse_workbench.core import Site, sites
-from sparse_workbench.flows import cut, sr_ste, ste
+from sparse_workbench.flows import cut, s_ste, sr_ste, ste
 from sparse_workbench.oneshot import prune
-from sparse_workbench.patterns import Pattern, block, nm, unstructured
+from sparse_workbench.patterns import Pattern, block, nm, transposable, unstructured
 from sparse_workbench.rules import keep_best
 from sparse_workbench.schedules import cubic, cyclic, every, once, steps
 from sparse_workbench.scores import gradient, magnitude, random
@@ -45,6 +45,8 @@ METHODS: dict[str, Callable[[list], Sparsifier]] = dict(
     blocks=lambda ss: Sparsifier(ss, pattern=block(4), sparsity=cubic(0, .5, 4)),
     ste=lambda ss: Sparsifier(ss, sparsity=.7, flow=ste),
     sr_ste=lambda ss: Sparsifier(ss, pattern='2:4', flow=sr_ste(1e-2)),
+    s_ste=lambda ss: Sparsifier(ss, pattern='2:4', flow=s_ste),
+    squares=lambda ss: Sparsifier(ss, pattern=transposable(2, 4), flow=ste),
     nm=lambda ss: Sparsifier(ss, pattern=nm(1, 4, axis='out')),
     decay=lambda ss: Sparsifier(ss, pattern=nm(1, 8), sparsity=steps({0: 1/8, 2: 4/8, 4: 7/8}), flow=ste),
 )
@@ -406,6 +408,7 @@ SHARDED = dict(
     static=lambda ss: Sparsifier(ss, keep_best(random), pattern='per_row', sparsity=.75), sr_ste=METHODS['sr_ste'],
     per_row=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=cubic(0, .75, 4), when=every(4)), decay=METHODS['decay'],
     awkward=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=.55), half=METHODS['nm'], odd=lambda ss: Sparsifier(ss, pattern='per_row', sparsity=cubic(0, .7, 4)),
+    s_ste=METHODS['s_ste'], squares=METHODS['squares'],
 )
 WIDE, ODD = (16, 32, 24, 8), (16, 5, 1)     # of ODD, the second process has two rows of the first layer and none of the last
 
