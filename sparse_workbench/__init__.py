@@ -12,6 +12,7 @@ from .evaluate import Evaluate, accuracy, evaluation, perplexity
 from .execute import run
 from .flows import Flow, adam_l1, cut, dense, dense_momentum, explore, l1, mask_decay, mvue, s_ste, soft, sr_ste, ste
 from .formats import from_torch_prune, load_sparse, masks_from_zeros, save_sparse
+from .kernels.linear import Packed, SparseLinear, pack, sparse_linear, unpack
 from .loop import fit
 from .gradient_flow import GradientFlow
 from .oneshot import prune
@@ -24,4 +25,4 @@ from .scores import chance, criterion, fisher, gradient, grasp, magnitude, momen
 from .sparsifier import Sparsifier, record
 from .stats import Calibration, class_loss, collect, next_token_loss
 
-if _torch.cuda.is_available(): from .kernels import nm as _nm  # its kernels take over on a GPU
+if _torch.cuda.is_available(): from .kernels import block as _block, nm as _nm  # their kernels take over on a GPU
