@@ -276,11 +276,11 @@ def quietly(f: Callable[[GradientFlow], None], r: GradientFlow) -> None:
 
 def after_first(closure: Callable[[], Any], look: Callable[[], None]) -> Callable[[], Any]:
     "The same closure; `look` runs after its first evaluation."
-    todo = [look]
+    waiting = [look]
     def run():
         out = closure()
         with torch.no_grad():
-            while todo: todo.pop()()
+            while waiting: waiting.pop()()
         return out
     return run
 
