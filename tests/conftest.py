@@ -1,6 +1,7 @@
 "Settings that must stand before torch is imported, and what several test files share."
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Workers run side by side: one thread each. Nothing may ask a network; figures need no screen; Triton interprets without a GPU.
@@ -26,6 +27,22 @@ def data() -> Path:
     folder = Path(named) if named else ROOT.parent / 'shared' / 'data'
     if named and not folder.is_dir(): pytest.fail(f'SPARSE_WORKBENCH_DATA={named} is not a folder', pytrace=False)
     if not folder.is_dir(): pytest.skip('no real data: set SPARSE_WORKBENCH_DATA to its folder, or put it in ../shared/data')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    "once(name, make): a folder that `make` fills, once for all workers of a run."
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        import fcntl
+        base = tmp_path_factory.getbasetemp().parent if 'PYTEST_XDIST_WORKER' in os.environ else tmp_path_factory.getbasetemp()
+        (out := base / name).mkdir(exist_ok=True)
+        with open(base / f'{name}.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (out / 'made').exists():
+                make(out)
+                (out / 'made').touch()
+        return out
     return folder
 
 

@@ -411,27 +411,14 @@ def worker(rank: int, port: int, folder: str) -> None:
     finally: dist.destroy_process_group()
 
 
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    "A folder that `make` fills, once for all workers of a run."
-    import fcntl
-    base = factory.getbasetemp().parent if 'PYTEST_XDIST_WORKER' in os.environ else factory.getbasetemp()
-    (folder := base / name).mkdir(exist_ok=True)
-    with open(base / f'{name}.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / 'made').exists():
-            make(folder)
-            (folder / 'made').touch()
-    return folder
-
-
 @pytest.fixture(scope='module')
-def two(tmp_path_factory) -> Callable[[str], dict]:
+def two(once) -> Callable[[str], dict]:
     "The results of two processes, checked to be the same on both."
     if not dist.is_available() or not dist.is_gloo_available(): pytest.skip('this build of torch has no gloo, by which processes on CPUs talk')
     def make(folder: Path) -> None:
         for kind in ('fsdp', 'ddp'): job(kind, 'sr_ste', folder / f'{kind} one', 4)
         torch.multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2)
-    folder = once(tmp_path_factory, 'two', make)
+    folder = once('two', make)
     def get(name: str) -> dict:
         first, second = (torch.load(folder / f'{name} {rank}.pt', weights_only=True) for rank in range(2))
         if 'error' not in first: assert_same(first, second)

@@ -3,7 +3,6 @@
 Runs under pytest, and as a script where there is no pytest: python tests/test_kernels_cuda.py
 """
 import sys
-import time
 
 import torch
 
@@ -106,21 +105,6 @@ def test_pruning_is_the_same_on_both():
             for a, b in zip(here.parameters(), there.parameters()): assert torch.equal(a, b.cpu()), (how, dtype)
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
-        print('no CUDA device: nothing was tested')
-        return 1
-    failed = 0
-    for name, test in [(n, f) for n, f in globals().items() if n.startswith('test_')]:
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        try:
-            test()
-            said = 'ok'
-        except Exception as e:                     # the next test may still tell something
-            failed, said = failed + 1, f'FAILED {type(e).__name__}: {str(e)[:600]}'
-        print(f'{name}: {said} ({time.perf_counter() - start:.1f} s)', flush=True)
-    return failed
-
-
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    from as_script import run
+    sys.exit(run(globals()))

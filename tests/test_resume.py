@@ -167,27 +167,14 @@ def second(folder: Path) -> None:
     assert ended(child(lambda: long(folder / 'long'), folder / 'long resumed.pt', kills)) == 0
 
 
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    "A folder that `make` fills, once for all workers of a run."
-    import fcntl
-    base = factory.getbasetemp().parent if 'PYTEST_XDIST_WORKER' in os.environ else factory.getbasetemp()
-    (folder := base / name).mkdir(exist_ok=True)
-    with open(base / f'{name}.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / 'made').exists():
-            make(folder)
-            (folder / 'made').touch()
-    return folder
-
-
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory) -> Path:
+def folder(once) -> Path:
     "Where both processes have left their results."
     def make(out: Path) -> None:
         for part in ('first', 'second'):
             env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED=str(len(part)))
             with open(out / f'{part}.err', 'w') as err: subprocess.run([sys.executable, __file__, part, str(out)], stderr=err, env=env, timeout=300)
-    return once(tmp_path_factory, 'resume', make)
+    return once('resume', make)
 
 
 def told(folder: Path) -> str:
