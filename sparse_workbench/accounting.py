@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Site, Sites, sites as find_sites, slabs
+from .formats import costs
 from .patterns import nm, block
 from .stats import call, evaluating, modules_of, tensors
 
@@ -61,8 +62,9 @@ def formats(site: Site, kept: int) -> dict[str, int]: # bytes by format
     "What the weight takes in every format that fits it."
     w, n, e = site.weight, site.numel, site.weight.element_size()
     rows, cols = w.shape[0], n // max(1, w.shape[0])
-    out = dict(dense=n * e) | ({'2:4': n // 2 * e + n // 8} if keeps_2_of_4(w) else {})
-    out |= dict(bitmask=kept * e + -(-n // 8), csr=kept * (e + index_bytes(cols)) + (rows + 1) * 4)
+    plain = costs(n, kept, e)
+    out = dict(dense=plain['dense']) | ({'2:4': n // 2 * e + n // 8} if keeps_2_of_4(w) else {})
+    out |= dict(bitmask=plain['bitmask'], csr=kept * (e + index_bytes(cols)) + (rows + 1) * 4)
     for size in (16, 32, 64, 128):
         if (b := kept_blocks(w, size)) is not None: out[f'block{size}'] = b * (size * size * e + index_bytes(cols // size)) + (rows // size + 1) * 4
     return out
