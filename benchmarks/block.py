@@ -12,10 +12,10 @@ from common import header, median_seconds, save, show
 
 from sparse_workbench.kernels.linear import Packed, choose, pack, unpack
 
-if torch.cuda.is_available(): import sparse_workbench.kernels.block  # noqa: F401  registers the kernels
+if torch.cuda.is_available(): import sparse_workbench.kernels.hopper  # noqa: F401  registers the kernels, and those of Triton
 
 SHAPE = (11008, 4096)
-TOKENS, BLOCKS, SPARSITIES = (4096, 16), (32, 64, 128), (.7, .8, .9, .95)
+TOKENS, BLOCKS, SPARSITIES = (4096, 512, 16), ((32, 32), (64, 64), (128, 128), (128, 64), (256, 64), (256, 128)), (.7, .8, .9, .95)
 ALLOWED = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 
 
@@ -34,12 +34,12 @@ def limit(p: Packed, tokens: int, rate: float, speed: float) -> float:
     return max(2 * tokens * p.values.numel() / rate, (p.nbytes + tokens * sum(p.shape) * size) / speed)
 
 
-def packed(sparsity: float, block: int, shape: tuple[int, int], device: str, dtype: torch.dtype) -> Packed:
+def packed(sparsity: float, block: tuple[int, int], shape: tuple[int, int], device: str, dtype: torch.dtype) -> Packed:
     "A random weight with this fraction of its blocks left out, to the block, but at least one kept."
-    rows, columns = shape[0] // block, shape[1] // block
+    (r, c), (rows, columns) = block, (shape[0] // block[0], shape[1] // block[1])
     kept = torch.zeros(rows * columns, dtype=torch.bool, device=device)
     kept[torch.randperm(rows * columns, device=device)[:max(1, round((1 - sparsity) * rows * columns))]] = True
-    mask = kept.view(rows, columns).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    mask = kept.view(rows, columns).repeat_interleave(r, 0).repeat_interleave(c, 1)
     return pack(torch.randn(shape, device=device, dtype=dtype), 'block', block, mask)
 
 
@@ -70,13 +70,13 @@ def right(got: torch.Tensor, exact: torch.Tensor) -> bool:
     return bool(((got - exact).abs().max() <= ALLOWED[got.dtype] * exact.abs().max()).item())
 
 
-def measure(tokens: int, block: int, sparsity: float, shape, device: str, dtype: torch.dtype, peak: tuple[float, float], backward: bool) -> list[dict]:
+def measure(tokens: int, block: tuple[int, int], sparsity: float, shape, device: str, dtype: torch.dtype, peak: tuple[float, float], backward: bool) -> list[dict]:
     "Rows of one case: correctness first, and no time without it. Several copies of the weight, so that none stays in the cache."
     count = max(2, min(12, int(2**28 // (shape[0] * shape[1] * dtype.itemsize * (1 - sparsity))))) if device == 'cuda' else 2
     ps = [packed(sparsity, block, shape, device, dtype) for _ in range(count)]
     x, dy = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (shape[1], shape[0]))
     cases, rows = [products(p, x, dy, backward) for p in ps], []
-    case = dict(shape=f'{shape[0]}x{shape[1]}', tokens=tokens, block=block, sparsity=sparsity)
+    case = dict(shape=f'{shape[0]}x{shape[1]}', tokens=tokens, block='{}x{}'.format(*block), sparsity=sparsity)
     best = limit(ps[0], tokens, *peak)
     for name in cases[0]:
         exact, dense = reference(name, ps[0], x, dy), median_seconds([c[name][1] for c in cases], device)
@@ -108,7 +108,7 @@ def main() -> None:
     a = p.parse_args()
     scale = a.scale or (1 if a.device == 'cuda' else 16)
     dtype = torch.bfloat16 if a.device == 'cuda' else torch.float32
-    shape = tuple(max(128, n // scale // 128 * 128) for n in SHAPE)
+    shape = tuple(max(256, n // scale // 256 * 256) for n in SHAPE)
     torch.manual_seed(0)
     peak, rows = machine(a.device, dtype), []
     for tokens in TOKENS:

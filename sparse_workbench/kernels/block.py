@@ -16,12 +16,13 @@ from .linear import Kernel, block_rows, register
 # %% ../../nbs/api/32_block.ipynb #a808a4af
 @triton.jit(do_not_specialize=['tokens'])
 def _sum_kernel(x_ptr, values_ptr, offsets_ptr, pieces_ptr, order_ptr, bias_ptr, y_ptr, tokens, x_width, y_width,
-                K: tl.constexpr, N: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
+                PIECE: tl.constexpr, K: tl.constexpr, N: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
                 ORDERED: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     "y[tile, piece] = Σ x[tile, pieces[i]] @ values[order[i]] (+ bias), i from offsets[piece] to offsets[piece + 1]."
     program, count = tl.program_id(0), y_width // N
-    piece = program % count
-    m, n, k = program // count * TOKENS + tl.arange(0, TOKENS), tl.arange(0, N), tl.arange(0, STEP)
+    outputs = program % count * N + tl.arange(0, N)
+    piece, n = program % count * N // PIECE, outputs % PIECE
+    m, k = program // count * TOKENS + tl.arange(0, TOKENS), tl.arange(0, STEP)
     here, steps = m[:, None] < tokens, K // STEP
     total = tl.zeros([TOKENS, N], tl.float32)
     for i in range(tl.load(offsets_ptr + piece) * steps, tl.load(offsets_ptr + piece + 1) * steps):
@@ -29,11 +30,11 @@ def _sum_kernel(x_ptr, values_ptr, offsets_ptr, pieces_ptr, order_ptr, bias_ptr,
         b = tl.load(order_ptr + item) if ORDERED else item
         column = tl.load(pieces_ptr + item) * K + inner
         x = tl.load(x_ptr + m[:, None].to(tl.int64) * x_width + column[None, :], here, 0)
-        v = tl.load(values_ptr + tl.cast(b, tl.int64) * (K * N) + inner[:, None] * STRIDE_K + n[None, :] * STRIDE_N)
+        v = tl.load(values_ptr + tl.cast(b, tl.int64) * (K * PIECE) + inner[:, None] * STRIDE_K + n[None, :] * STRIDE_N)
         if WIDE: x, v = x.to(tl.float32), v.to(tl.float32)
         total = tl.dot(x, v, total, input_precision=PRECISION)
-    if BIAS: total += tl.load(bias_ptr + piece * N + n).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None].to(tl.int64) * y_width + (piece * N + n)[None, :], total.to(y_ptr.dtype.element_ty), here)
+    if BIAS: total += tl.load(bias_ptr + outputs).to(tl.float32)[None, :]
+    tl.store(y_ptr + m[:, None].to(tl.int64) * y_width + outputs[None, :], total.to(y_ptr.dtype.element_ty), here)
 
 # %% ../../nbs/api/32_block.ipynb #352b79be
 @triton.jit(do_not_specialize=['tokens'])
@@ -55,9 +56,9 @@ def _outer_kernel(dy_ptr, x_ptr, rows_ptr, columns_ptr, grad_ptr, tokens, y_widt
 
 # %% ../../nbs/api/32_block.ipynb #f16d6d43
 def _common(x: Tensor) -> dict:
-    "What both kernels are told: how to multiply, how deep to pipeline."
+    "What both kernels are told: how to multiply."
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == 'highest'
-    return dict(WIDE=not x.is_cuda, PRECISION='ieee' if exact else 'tf32', num_stages=3 if x.element_size() == 2 else 2)
+    return dict(WIDE=not x.is_cuda, PRECISION='ieee' if exact else 'tf32')
 
 def _sum(x: Tensor, # (tokens, pieces of x * K) contiguous
          values: Tensor, # (blocks, r, c) contiguous
@@ -65,14 +66,14 @@ def _sum(x: Tensor, # (tokens, pieces of x * K) contiguous
          bias: Tensor | None, y: Tensor, # (tokens, pieces of y * N) contiguous, written
          turned: bool) -> Tensor: # y; turned: multiply with the transposed block
     r, c = values.shape[1:]
-    K, N, strides = (c, r, (1, c)) if turned else (r, c, (c, 1))
-    tile = min(128, max(16, triton.next_power_of_2(x.size(0))))
+    K, piece, strides = (c, r, (1, c)) if turned else (r, c, (c, 1))
+    tile, wide, few = min(128, max(16, triton.next_power_of_2(x.size(0)))), 4 // x.element_size(), x.size(0) <= 64
+    N, step, stages, warps = (min(piece, 32), 64 * wide, 8, 1) if few else (min(piece, 128), 32 * wide, 1 + wide, 8 if piece >= 128 and tile == 128 else 4)
     grid = (triton.cdiv(x.size(0), tile) * (y.size(1) // N),)
     with torch.cuda.device_of(x):
         if grid[0]: _sum_kernel[grid](
             x, values, offsets, pieces, pieces if order is None else order, x if bias is None else bias, y, x.size(0), x.size(1), y.size(1),
-            K, N, *strides, tile, min(K, 128 // x.element_size()), order is not None, bias is not None, **_common(x),
-            num_warps=8 if tile * N >= 128 * 128 else 4)
+            piece, K, N, *strides, tile, min(K, step), order is not None, bias is not None, **_common(x), num_stages=stages, num_warps=warps)
     return y
 
 def _outer(dy: Tensor, x: Tensor, rows: Tensor, columns: Tensor, grad: Tensor) -> Tensor: # grad, (blocks, r, c) contiguous, written
@@ -80,7 +81,7 @@ def _outer(dy: Tensor, x: Tensor, rows: Tensor, columns: Tensor, grad: Tensor) -
     with torch.cuda.device_of(x):
         if len(grad): _outer_kernel[(len(grad),)](
             dy, x, rows, columns, grad, x.size(0), dy.size(1), x.size(1), r, c, 128 // x.element_size(), **_common(x),
-            num_warps=8 if r * c >= 128 * 128 else 4)
+            num_stages=1 + 4 // x.element_size(), num_warps=8 if r * c >= 128 * 128 else 4)
     return grad
 
 # %% ../../nbs/api/32_block.ipynb #cbe46a6c
@@ -110,8 +111,8 @@ def block_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor]
     return _outer(dy.contiguous(), x.contiguous(), block_rows(*index).int(), index[1], grad)
 
 # %% ../../nbs/api/32_block.ipynb #d4e012ac
-SIZES = (16, 32, 64, 128)  # of a block, along each axis
+SIZES = (16, 32, 64, 128, 256)  # of a block, along each axis; 128 × 256 entries at most
 
 block_kernel = Kernel('block triton', 'block', block_forward, block_grad_x, block_grad_values, 'cuda',
-                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES})
+                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15)
 register(block_kernel)

@@ -249,8 +249,12 @@ def _blocks_grad_values(dy, x, values, index, shape) -> Tensor:
 register(Kernel('block twin', 'block', _blocks_forward, _blocks_grad_x, _blocks_grad_values))
 
 # %% ../../nbs/api/30_linear.ipynb #4e84fb5f
+def _turned(format: str, x: Tensor) -> bool: # does the output lie column by column in memory?
+    return format == '2:4' and x.device.type == 'cuda'
+
 def _forward(x: Tensor, values: Tensor, index: list[Tensor], bias: Tensor | None, format: str, shape: list[int]) -> Tensor:
-    return choose(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias)
+    y = choose(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias)
+    return y.t().contiguous().t() if _turned(format, x) else y
 
 def _grad_x(dy: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
     return choose(format, values, dy.size(0)).grad_x(dy, values, index, tuple(shape))
@@ -272,8 +276,10 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
 # %% ../../nbs/api/30_linear.ipynb #61a40876
 def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
     def precise(x: Tensor, *rest) -> Tensor: # what a kernel computes in 32 bits, autocast would compute in 16
+        if not torch.is_autocast_enabled(x.device.type): return run(x, *rest)
         with torch.autocast(x.device.type, enabled=False): return run(x, *rest)
-    torch.library.custom_op(f'sparse_workbench::{name}', precise, mutates_args=(), schema=f'({schema}) -> Tensor')
+    OPS.define(f'{name}({schema}) -> Tensor')
+    OPS.impl(name, precise, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'sparse_workbench::{name}', fake)
 
 if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
@@ -282,7 +288,7 @@ if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
     _operator('sparse_linear_grad_x', 'Tensor dy, Tensor values, Tensor[] index, str format, int[] shape',
               _grad_x, lambda dy, values, index, format, shape: dy.new_empty(dy.size(0), shape[1]))
     _operator('sparse_linear', 'Tensor x, Tensor values, Tensor[] index, Tensor? bias, str format, int[] shape',
-              _forward, lambda x, values, index, bias, format, shape: x.new_empty(x.size(0), shape[0]))
+              _forward, lambda x, values, index, bias, format, shape: x.new_empty(shape[0], x.size(0)).t() if _turned(format, x) else x.new_empty(x.size(0), shape[0]))
     torch.library.register_autograd('sparse_workbench::sparse_linear', _backward, setup_context=_remember)
 
 # %% ../../nbs/api/30_linear.ipynb #9ebd4a44
