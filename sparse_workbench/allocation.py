@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Allocate', 'uniform', 'weights', 'by_density', 'er', 'erk', 'apportion', 'with_ends', 'uniform_plus', 'erk_plus',
-           'Ranking', 'tiling', 'score_dtype', 'standing', 'global_', 'lamp_score', 'lamp', 'borrow', 'block_of',
-           'shifted', 'owl_ratios', 'owl', 'redistribute', 'shares', 'explicit']
+           'Ranking', 'tiling', 'score_dtype', 'standing', 'ranking', 'global_', 'lamp_score', 'lamp', 'borrow',
+           'block_of', 'shifted', 'owl_ratios', 'owl', 'redistribute', 'shares', 'explicit']
 
 # %% ../nbs/api/13_allocation.ipynb #8ca9eec4
 import re
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Site, matches, slabs, stat, whole_shape
-from .patterns import Pattern, check_shard, count, geometry, scan, threshold
+from .patterns import Pattern, at_once, check_shard, count, geometry, magnitude_cut, magnitude_standing, scan, threshold
 from .scores import Score, momentum
 
 Allocate = Callable[[Sequence[Site], Pattern, Score, float], dict[str, float]]
@@ -110,6 +110,20 @@ def standing(chunks: Iterable[Tensor], value: float) -> tuple[int, int]: # how m
     return below, on
 
 # %% ../nbs/api/13_allocation.ipynb #72d53d7c
+def ranking(sites: Sequence[Site], pattern: Pattern, score: Score, drop: int, # weights that go
+            sizes: Mapping[str, int], # weights in a tile, by name of the site
+            wide: torch.dtype, # in which scores are compared
+            ) -> tuple[tuple[float, int], list[tuple[int, int]]]: # the cut, and of every site the tiles below it and on it
+    "One cut through all tiles of several sites."
+    if at_once(sites, pattern, score):
+        ws = [s.weight for s in sites]
+        values, ties = magnitude_cut(ws, [0] * len(ws), [drop])
+        return (values.item(), int(ties)), [(b, o) for b, o in magnitude_standing(ws, values.expand(len(ws))).tolist()]
+    means = lambda s: ((f / sizes[s.name] if sizes[s.name] > 1 else f).to(wide) for _, f in scan(s, score, pattern))
+    cut = threshold(lambda: ((x, sizes[s.name]) for s in sites for x in means(s)), drop)
+    return cut, [standing(means(s), cut.value) for s in sites]
+
+# %% ../nbs/api/13_allocation.ipynb #e9cad248
 def global_(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float) -> dict[str, float]:
     "One ranking over all sites: the least important tiles of the whole model go, wherever they are."
     if pattern.fixed: raise ValueError(f"{pattern!r} holds the same share everywhere, so there is nothing to rank globally: use allocate=uniform")
@@ -122,19 +136,17 @@ def global_(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: flo
     if drop <= 0 or drop >= total: return {name: float(drop > 0 and n > 0) for name, (n, _) in dims.items()}
     ranked = [s for s in sites if dims[s.name][0]] # layers without weights, or smaller than a tile, have nothing to give
     wide, out = score_dtype(ranked, pattern, score), Ranking(dict.fromkeys(dims, 0.))
-    means = lambda s: ((f / dims[s.name][1] if dims[s.name][1] > 1 else f).to(wide) for _, f in scan(s, score, pattern))
-    value, ties = threshold(lambda: ((x, dims[s.name][1]) for s in ranked for x in means(s)), drop)
+    (value, ties), stands = ranking(ranked, pattern, score, drop, {n: size for n, (_, size) in dims.items()}, wide)
     out.cuts = {}
-    for s in ranked:
+    for s, (below, on) in zip(ranked, stands):
         n, size = dims[s.name]
-        below, on = standing(means(s), value)
         stay = min(on, ties // size)
         ties -= stay * size
         out[s.name] = (below + on - stay) / n
         if size == 1 and pattern.group == (-1, -1) and s.weight.dtype == wide: out.cuts[s.name] = value, stay
     return out
 
-# %% ../nbs/api/13_allocation.ipynb #f41758b9
+# %% ../nbs/api/13_allocation.ipynb #4ca11de3
 def lamp_score(score: Score) -> Score: # the same criterion, as LAMP compares it across layers
     "score² divided by the sum of score² over all weights of the site that are no smaller (LAMP, eq. 3)."
     def lamp(site: Site) -> Tensor:
@@ -148,7 +160,7 @@ def lamp(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float)
     "A global ranking by LAMP scores."
     return dict(global_(sites, pattern, lamp_score(score), sparsity))
 
-# %% ../nbs/api/13_allocation.ipynb #97c2bc5f
+# %% ../nbs/api/13_allocation.ipynb #ea1f892f
 def borrow(score: Score, # the criterion that decides how much, not which
            allocate: Allocate = global_) -> Allocate:
     "Sparsities that another criterion would give; `allocate=borrow(saliency)` with random masks is random pruning with SNIP ratios."
@@ -156,7 +168,7 @@ def borrow(score: Score, # the criterion that decides how much, not which
     borrowed.needs, borrowed.__name__ = getattr(score, 'needs', ()), f"borrow({getattr(score, '__name__', 'score')})" # type: ignore[attr-defined]
     return borrowed
 
-# %% ../nbs/api/13_allocation.ipynb #cbe90f4e
+# %% ../nbs/api/13_allocation.ipynb #a20f7abf
 def block_of(name: str) -> str: # 'model.layers.3.mlp.up_proj.weight' -> 'model.layers.3'
     "The block that a site belongs to: its name up to the first number; the name itself when there is none."
     return m[0] if (m := re.match(r'(?:[^.]+\.)*?\d+(?=\.)', name)) else name
@@ -170,7 +182,7 @@ def shifted(sites: Sequence[Site], ratios: dict[str, float], sparsity: float) ->
         else: hi = mid
     return apportion(sites, {n: min(1., max(0., r + hi)) for n, r in ratios.items()}, sparsity)
 
-# %% ../nbs/api/13_allocation.ipynb #a20f7abf
+# %% ../nbs/api/13_allocation.ipynb #75d04dc0
 def owl_ratios(outliers: Mapping[str, float], # by block: percent of outliers
                sparsity: float, spread: float = .08) -> dict[str, float]: # by block: sparsity, within ± 2·spread of the target
     "Blocks with more outliers keep more (OWL, eq. 2): the widest difference is 2·spread, the mean is the target."
@@ -195,7 +207,7 @@ def owl(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float, 
     return shifted(sites, {s.name: ratios.get(block_of(s.name), sparsity) for s in sites}, sparsity)
 owl.needs = ('in_norm',) # type: ignore[attr-defined]
 
-# %% ../nbs/api/13_allocation.ipynb #5500de38
+# %% ../nbs/api/13_allocation.ipynb #458e75dd
 def redistribute(fraction: Callable[[int], float], # share that every layer drops, by step
                  score: Score = momentum) -> Allocate:
     "Dropped weights go where the mean `score` of the kept is large. Needs `site.mask`, `site.step` and the optimizer's state; uniform before there are any."
@@ -222,7 +234,7 @@ def shares(weight: Tensor, cap: Tensor, total: float) -> Tensor: # double, adds 
         out = new
     return out
 
-# %% ../nbs/api/13_allocation.ipynb #efddebc4
+# %% ../nbs/api/13_allocation.ipynb #c620111e
 def explicit(table: Mapping[Any, float] # name, glob, 're:…' or type -> sparsity; the first match counts
              ) -> Allocate:
     "Sparsity from a table. ValueError for a site without an entry and for an entry without a site."

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['OPS', 'cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern', 'fold', 'unfold', 'unstructured', 'per_row',
            'nm', 'block', 'row', 'col', 'channel', 'head', 'pattern', 'asked', 'drops', 'nm_keep_pairs', 'nm_keep',
-           'row_keep', 'ordered', 'unordered', 'Cut', 'threshold', 'count', 'above', 'sorted_keep', 'keep_top',
-           'squares', 'deal', 'search_squares', 'Transposable', 'transposable', 'row_unit', 'check_scores', 'scan',
-           'check_shard', 'groups_before', 'masks']
+           'row_keep', 'ordered', 'unordered', 'digit_counts', 'key_counts', 'Cut', 'threshold', 'count', 'above',
+           'magnitudes', 'cut_magnitudes', 'stand_magnitudes', 'zero_magnitudes_', 'magnitude_cut',
+           'magnitude_standing', 'magnitude_zero_', 'sorted_keep', 'keep_top', 'squares', 'prices', 'repair',
+           'exchange', 'search_squares', 'best_squares', 'square_keep', 'Transposable', 'transposable', 'row_unit',
+           'check_scores', 'scan', 'together', 'at_once', 'check_shard', 'groups_before', 'masks']
 
 # %% ../nbs/api/12_patterns.ipynb #43afa96b
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
@@ -20,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Site, bits, check_finite, first_row, slabs
+from .core import Site, bits, check_finite, first_row, masked_, slabs
+from .scores import magnitude
 
 # %% ../nbs/api/12_patterns.ipynb #795222a1
 def cells(x: Tensor, # (out, in, *kernel)
@@ -268,6 +271,24 @@ def unordered(key: int, dtype: torch.dtype) -> float:
     return i.fill_(key if key >= 0 else key ^ (2**(8 * i.element_size() - 1) - 1)).view(dtype).item()
 
 # %% ../nbs/api/12_patterns.ipynb #2d629bd8
+def digit_counts(x: Tensor, prefix: int, known: int) -> Tensor:
+    "Count 16 bits of the keys by `bincount`."
+    k, width = ordered(x.detach().reshape(-1)), 8 * x.element_size()
+    if known: k = k[(k >> (width - known)) == prefix]
+    return torch.bincount((k >> (width - known - 16)) & 0xffff if known else (k >> (width - 16)).int() + 2**15, minlength=2**16)
+
+if not hasattr(torch.ops.sparse_workbench, 'key_counts'):
+    OPS.define('key_counts(Tensor x, int prefix, int known) -> Tensor')
+    OPS.impl('key_counts', digit_counts, 'CompositeExplicitAutograd')
+
+def key_counts(x: Tensor, # scores
+               prefix: int, # the first bits of the keys that count, as a signed number
+               known: int, # how many bits that is; 0 = all keys count
+               ) -> Tensor: # long (65536,): how often the next 16 bits have each value
+    "One step of a radix select, by the kernel of the device where there is one."
+    return torch.ops.sparse_workbench.key_counts(x, prefix, known)
+
+# %% ../nbs/api/12_patterns.ipynb #7cbe98a2
 class Cut(NamedTuple):
     "Where a ranking is cut."
     value: float    # what lies above stays, what lies below goes
@@ -279,20 +300,18 @@ def threshold(chunks: Callable[[], Iterable[tuple[Tensor, int]]], # gives the sa
     "The k-th smallest of scores that are never held or sorted at once: a radix select over their bits."
     prefix, known = 0, 0
     while True:
-        total = torch.zeros(2**16, dtype=torch.long)
+        sums: dict[torch.device, Tensor] = {}
         for x, cost in chunks():
-            k = ordered(x.reshape(-1))
-            width, dtype = 8 * k.element_size(), x.dtype
-            if known: k = k[(k >> (width - known)) == prefix]
-            digit = (k >> (width - known - 16)) & 0xffff if known else (k >> (width - 16)).int() + 2**15
-            total.add_(torch.bincount(digit, minlength=2**16).cpu(), alpha=cost)
+            width, dtype, n = 8 * x.element_size(), x.dtype, key_counts(x, prefix, known)
+            sums[x.device] = sums[x.device].add_(n, alpha=cost) if x.device in sums else n * cost
+        total = torch.stack([n.cpu() for n in sums.values()]).sum(0)
         edges = total.cumsum(0)
         i = int(torch.searchsorted(edges, drop, right=True))
         drop -= int(edges[i - 1]) if i else 0
         prefix, known = (prefix << 16) + i if known else i - 2**15, known + 16
         if known == width: return Cut(unordered(prefix, dtype), int(total[i]) - drop)
 
-# %% ../nbs/api/12_patterns.ipynb #74f11592
+# %% ../nbs/api/12_patterns.ipynb #444093f0
 def count(compare: Callable, # torch.lt, torch.eq, …
           x: Tensor, value: float) -> int:
     "How many of x stand so to the value."
@@ -308,7 +327,57 @@ def above(scores: Tensor, # any shape
     on = scores == value
     return (scores > value) | (on & (on.reshape(-1).cumsum(0) <= ties).reshape(on.shape)), 0
 
-# %% ../nbs/api/12_patterns.ipynb #fdffb677
+# %% ../nbs/api/12_patterns.ipynb #660df4c4
+def magnitudes(x: Tensor) -> Iterator[Tensor]:
+    "|x| by pieces, in the order of its memory."
+    return (c.abs() for c in x.detach().reshape(-1).split(2**20))
+
+def cut_magnitudes(xs: list[Tensor], groups: list[int], drops: list[int]) -> tuple[Tensor, Tensor]:
+    "The cut of every group by a radix select."
+    cuts = [threshold(lambda g=g: ((c, 1) for x, i in zip(xs, groups) if i == g for c in magnitudes(x)), d) for g, d in enumerate(drops)] # type: ignore[misc]
+    return torch.tensor([c.value for c in cuts], dtype=torch.double), torch.tensor([c.ties for c in cuts])
+
+def stand_magnitudes(xs: list[Tensor], values: Tensor) -> Tensor:
+    "The counts by comparison."
+    return torch.tensor([[sum(count(f, c, v) for c in magnitudes(x)) for f in (torch.lt, torch.eq)] for x, v in zip(xs, values.tolist())]).reshape(len(xs), 2)
+
+def zero_magnitudes_(xs: list[Tensor], values: Tensor, ties: Tensor) -> Tensor:
+    "The zeros, piece by piece."
+    zeros = torch.zeros(len(xs), dtype=torch.long)
+    for i, (x, v, left) in enumerate(zip(xs, values.tolist(), ties.tolist())):
+        for part in x.detach().view(-1).split(2**20):
+            keep, left = above(part.abs(), v, left)
+            zeros[i] += part.numel() - int(torch.count_nonzero(masked_(part, keep)))
+    return zeros
+
+# %% ../nbs/api/12_patterns.ipynb #801a9791
+if not hasattr(torch.ops.sparse_workbench, 'magnitude_cut'):
+    OPS.define('magnitude_cut(Tensor[] xs, int[] groups, int[] drops) -> (Tensor, Tensor)')
+    OPS.define('magnitude_standing(Tensor[] xs, Tensor values) -> Tensor')
+    OPS.define('magnitude_zero_(Tensor(a!)[] xs, Tensor values, Tensor ties) -> Tensor')
+    for _name, _f in dict(magnitude_cut=cut_magnitudes, magnitude_standing=stand_magnitudes, magnitude_zero_=zero_magnitudes_).items():
+        OPS.impl(_name, _f, 'CompositeExplicitAutograd')
+
+def magnitude_cut(xs: Sequence[Tensor], # weights of one float type on one device
+                  groups: Sequence[int], # which ranking each belongs to: 0, 1, …
+                  drops: Sequence[int], # how many each ranking loses; more than none, fewer than all
+                  ) -> tuple[Tensor, Tensor]: # double (rankings,) and long (rankings,), on the CPU: the magnitude below which all go, and how many on it stay
+    "Exact cuts of rankings by magnitude, by the kernel of the device where there is one."
+    return torch.ops.sparse_workbench.magnitude_cut(xs, groups, drops)
+
+def magnitude_standing(xs: Sequence[Tensor], values: Tensor, # (tensors,) double
+                       ) -> Tensor: # long (tensors, 2) on the CPU
+    "How many magnitudes of each tensor lie below its value, and how many on it."
+    return torch.ops.sparse_workbench.magnitude_standing(xs, values)
+
+def magnitude_zero_(xs: Sequence[Tensor], # contiguous; changed in place
+                    values: Tensor, # (tensors,) double: what is smaller goes
+                    ties: Tensor, # (tensors,) long: of what is equal, so many stay, the first
+                    ) -> Tensor: # long (tensors,) on the CPU: zeros afterwards
+    "Prune each tensor at its value."
+    return torch.ops.sparse_workbench.magnitude_zero_(xs, values, ties)
+
+# %% ../nbs/api/12_patterns.ipynb #935a177d
 def sorted_keep(scores: Tensor, # (1, size)
                 drop: int) -> Tensor: # bool
     "Keep the best of one long group by sorting; ties go to the first."
@@ -316,7 +385,7 @@ def sorted_keep(scores: Tensor, # (1, size)
     keep, ties = scores > edge, scores == edge
     return keep | (ties & (ties.cumsum(1) <= scores.size(1) - drop - keep.sum(1, keepdim=True)))
 
-# %% ../nbs/api/12_patterns.ipynb #801a9791
+# %% ../nbs/api/12_patterns.ipynb #7eb3d1a5
 def keep_top(folded: Tensor, # (groups, tiles in a group)
              drop: int | Tensor, # tiles to drop from every group, or from each
              ) -> Tensor: # bool, like `folded`
@@ -331,7 +400,7 @@ def keep_top(folded: Tensor, # (groups, tiles in a group)
     if groups == 1: return above(folded, *threshold(lambda: ((f, 1) for f in folded.reshape(-1).split(2**20)), drop))[0]
     return nm_keep(folded, size - drop) if size <= 16 else row_keep(folded, drop)
 
-# %% ../nbs/api/12_patterns.ipynb #935a177d
+# %% ../nbs/api/12_patterns.ipynb #a7fe36de
 @cache
 def squares(keep: int, of: int) -> Tensor: # bool (masks, of, of)
     "Every mask of a square that keeps `keep` in each row and each column; what is further to the left comes first."
@@ -340,26 +409,76 @@ def squares(keep: int, of: int) -> Tensor: # bool (masks, of, of)
     m = rows[all_]
     return m[(m.sum(1) == keep).all(1)]
 
-# %% ../nbs/api/12_patterns.ipynb #54a276ea
-def deal(w: Tensor, m: Tensor, i: int, j: int) -> None:
-    "Give rows i and j of many squares (squares, of, of) the best masks that leave every column's count as it is; in place."
-    odd = m[:, i] ^ m[:, j]
-    best = (w[:, i] - w[:, j]).masked_fill(~odd, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    first = best < (m[:, i] & odd).sum(1, keepdim=True)
-    m[:, i], m[:, j] = torch.where(odd, first, m[:, i]), torch.where(odd, ~first, m[:, j])
+# %% ../nbs/api/12_patterns.ipynb #07489309
+def prices(x: Tensor, # (squares, of, of) scores, at most 1 in magnitude
+           keep: int, sweeps: int = 12) -> Tensor: # (squares, 1, of)
+    "Prices of columns at which the `keep` best of every row fill every column, nearly."
+    u, v, heat = torch.zeros_like(x[:, :, :1]), torch.zeros_like(x[:, :1]), .2
+    for _ in range(sweeps):
+        for price, axis in ((u, 2), (v, 1)):
+            p = torch.sigmoid((x - u - v) / heat)
+            price += heat * ((p.sum(axis, keepdim=True) - keep) / ((p * (1 - p)).sum(axis, keepdim=True) + .1)).clamp(-2, 2)
+        heat = max(.8 * heat, .02)
+    return v
+
+def repair(y: Tensor, # (squares, of, of) scores after prices
+           m: Tensor, # bool, `keep` in every row
+           keep: int) -> Tensor: # bool, `keep` in every row and every column
+    "Move choices from columns that have too many to columns that have too few, the cheapest first."
+    at, m = torch.arange(len(m), device=m.device), m.clone()
+    while ((n := m.sum(1, keepdim=True)) > keep).any():
+        lost, from_ = y.masked_fill(~m | (n <= keep), torch.inf).min(2)
+        gained, to = y.masked_fill(m | (n >= keep), -torch.inf).max(2)
+        gain, row = (gained - lost).max(1)
+        i = (gain > -torch.inf).nonzero()[:, 0]
+        m[i, row[i], from_[at, row][i]], m[i, row[i], to[at, row][i]] = False, True
+    return m
+
+# %% ../nbs/api/12_patterns.ipynb #29017315
+def exchange(x: Tensor, m: Tensor, rounds: int = 8) -> Tensor:
+    "Pairs of rows exchange two columns while both together gain."
+    of, col, m = x.size(1), torch.arange(x.size(1), device=x.device), m.clone()
+    for _ in range(rounds):
+        before = m.clone()
+        for d in range(1, 2**(of - 1).bit_length()):
+            partner = torch.where((col ^ d) < of, col ^ d, col)
+            more, theirs = x - x[:, partner], m[:, partner]
+            got, get = more.masked_fill(m | ~theirs, -torch.inf).max(2, keepdim=True)
+            gave, give = (-more).masked_fill(~m | theirs, -torch.inf).max(2, keepdim=True)
+            win = got + gave > 1e-6
+            m = (m | (win & (col == get))) & ~(win & (col == give))
+        if torch.equal(m, before): break
+    return m
 
 def search_squares(w: Tensor, # (squares, of, of) scores
                    keep: int) -> Tensor: # bool like the scores
-    "Legal masks of squares, improved by pairs of rows and of columns until nothing is gained."
-    of, at = w.size(1), torch.arange(w.size(1), device=w.device)
-    m, before = (((at - at[:, None]) % of) < keep).expand_as(w).clone(), -torch.inf
-    while (now := (w * m).sum(dtype=torch.float64).item()) > before:
-        before = now
-        for i, j in combinations(range(of), 2): deal(w, m, i, j)
-        for i, j in combinations(range(of), 2): deal(w.mT, m.mT, i, j)
-    return m
+    "Legal masks of squares by prices, repairs and exchanges."
+    x = w.to(torch.promote_types(w.dtype, torch.float32))
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    y = x - prices(x, keep)
+    m = torch.zeros_like(y, dtype=torch.bool).scatter_(2, y.sort(dim=2, descending=True, stable=True).indices[..., :keep], True)
+    return exchange(x, repair(y, m, keep))
 
-# %% ../nbs/api/12_patterns.ipynb #a7fe36de
+# %% ../nbs/api/12_patterns.ipynb #96ff9b66
+def best_squares(w: Tensor, keep: int) -> Tensor:
+    "All masks for squares up to 4 × 4, the search beyond."
+    of = w.size(1)
+    if of > 4: return torch.cat([search_squares(x, keep) for x in w.split(max(1, (2**24 if w.is_cuda else 2**20) // of**2))])
+    all_, w = squares(keep, of).to(w.device), w.to(torch.promote_types(w.dtype, torch.float32))
+    return torch.cat([all_[(x.flatten(1) @ all_.flatten(1).T.to(x.dtype)).argmax(1)] for x in w.split(2**16)])
+
+if not hasattr(torch.ops.sparse_workbench, 'square_keep'):
+    OPS.define('square_keep(Tensor scores, int keep) -> Tensor')
+    OPS.impl('square_keep', best_squares, 'CompositeExplicitAutograd')
+    torch.library.register_fake('sparse_workbench::square_keep', lambda scores, keep: torch.empty_like(scores, dtype=torch.bool))
+
+def square_keep(scores: Tensor, # (squares, of, of)
+                keep: int, # how many stay in each row and each column; more than 0, fewer than `of`
+                ) -> Tensor: # bool (squares, of, of)
+    "The best (up to 4 × 4) or a good legal mask of every square, by the kernel of the device where there is one."
+    return torch.ops.sparse_workbench.square_keep(scores, keep)
+
+# %% ../nbs/api/12_patterns.ipynb #24e0865b
 @dataclass(frozen=True, repr=False)
 class Transposable(Pattern):
     "N:M along both axes: squares, in which every row and every column keeps as many."
@@ -368,22 +487,19 @@ class Transposable(Pattern):
         n = of - int(drop) / of
         if n != int(n): raise ValueError(f"{self!r}: {int(drop)} zeros in a square of {of} × {of} are {of - n:g} in each row: use sparsities that are a multiple of 1/{of}")
         if not 0 < n < of or not len(folded): return torch.full_like(folded, n > 0, dtype=torch.bool)
-        w = folded.to(torch.promote_types(folded.dtype, torch.float32))
-        if of > 4: return search_squares(w.view(-1, of, of), int(n)).reshape(folded.shape)
-        all_ = squares(int(n), of).to(w.device).flatten(1)
-        return torch.cat([all_[(x @ all_.T.to(w.dtype)).argmax(1)] for x in w.split(2**16)])
+        return square_keep(folded.view(-1, of, of), int(n)).reshape(folded.shape)
 
 def transposable(keep: int, # kept weights in each row and each column of a square
                  of: int, # side of the square
                  layout: str = 'channels_last', # for convolutions; see `cells`
                  tail: str = 'raise', # an axis that `of` does not divide: 'raise' or 'dense'
                  ) -> Pattern: # of sparsity 1 - keep/of
-    "N:M along inputs and outputs with one mask; exact up to 4 × 4, a local search beyond."
+    "N:M along inputs and outputs with one mask; exact up to 4 × 4, a search beyond."
     if tail == 'pad': raise ValueError("transposable fills no squares up, since a row of padding would lose weights that count: use tail='dense' or 'raise'")
     p = nm(keep, of, layout=layout, tail=tail)
     return Transposable(group=(of, of), layout=layout, tail=tail, sparsity=p.sparsity, name=p.name.replace('nm', 'transposable', 1) + ' and out')
 
-# %% ../nbs/api/12_patterns.ipynb #806a3c70
+# %% ../nbs/api/12_patterns.ipynb #af8c28d1
 def row_unit(p: Pattern) -> int: # rows that must stay together, 0 = all of them
     "A slab may be cut between multiples of this many rows."
     if p.tile[0] == -1 or (p.group[0] == -1 and p.group[1] != -1): return 0
@@ -407,7 +523,18 @@ def scan(site: Site, # the weight
     unit = row_unit(p) if getattr(score, 'rowwise', False) else 0
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
-# %% ../nbs/api/12_patterns.ipynb #b4aa4306
+# %% ../nbs/api/12_patterns.ipynb #9bb059e5
+def together(sites: Sequence[Site]) -> bool:
+    "Are the weights contiguous, of one type, on one GPU, so that one launch can take them all?"
+    ws = [s.weight for s in sites if s.numel]
+    return bool(ws) and all(w.is_cuda and w.is_contiguous() and not w.data_ptr() % 16 and (w.dtype, w.device) == (ws[0].dtype, ws[0].device) for w in ws)
+
+def at_once(sites: Sequence[Site], p: Pattern, score: Callable) -> bool:
+    "May the whole ranking be read off the weights: are the scores magnitudes, and every weight its own tile in one group?"
+    plain = all(s.shape[:2].numel() == s.numel or p.layout == 'flat' for s in sites)
+    return score is magnitude and type(p) is Pattern and (p.tile, p.group) == ((1, 1), (-1, -1)) and plain and together(sites)
+
+# %% ../nbs/api/12_patterns.ipynb #113052f3
 def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
     "ValueError when pattern or criterion compare weights that lie on different ranks."
     places = getattr(site.parameter, 'placements', ())
@@ -420,7 +547,7 @@ def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
             raise ValueError(f"{site.name} is sharded as {places}, and {getattr(score, '__name__', score)} may look at the whole weight: "
                              f"take another criterion, or mark yours with @criterion() when a row's score depends on that row alone")
 
-# %% ../nbs/api/12_patterns.ipynb #3a637a19
+# %% ../nbs/api/12_patterns.ipynb #64b48217
 def groups_before(site: Site, p: Pattern) -> int:
     "Groups of the whole weight that lie before the site's, on other ranks."
     g, unit = geometry(p, tuple(site.shape)), row_unit(p)
