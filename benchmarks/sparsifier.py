@@ -7,6 +7,7 @@
 Blocks of 100 steps of all kinds take turns on the same model; a kind's speed is its median block. `gmp` is gradual magnitude
 pruning with a new mask every 100 steps, `sr_ste` a new 2:4 mask and a dense weight beside it at every step. The peer keeps a
 mask and a dense weight in the module and multiplies in every forward pass (torch.nn.utils.prune); its mask never changes.
+With `gradient flow`, every tenth step is recorded: kept and pruned gradients, flips, updates, of every layer.
 """
 import argparse
 import statistics
@@ -22,6 +23,7 @@ from torch.nn.utils import prune as torch_prune
 
 from sparse_workbench.core import sites
 from sparse_workbench.flows import sr_ste
+from sparse_workbench.gradient_flow import GradientFlow
 from sparse_workbench.schedules import cubic, every
 from sparse_workbench.sparsifier import Sparsifier
 from sparse_workbench.zoo import Llama, LlamaConfig
@@ -66,13 +68,19 @@ def sr_ste_2_4(t: Trainer) -> Callable[[], object]:
     "2:4 with SR-STE: a new mask every step."
     return Sparsifier(sites(t.model), pattern='2:4', flow=sr_ste(2e-4)).attach(t.opt).detach
 
+def recorded(t: Trainer) -> Callable[[], object]:
+    "The same, with a record of gradient flow at every tenth step."
+    sp = Sparsifier(sites(t.model), pattern='2:4', flow=sr_ste(2e-4)).attach(t.opt)
+    flow = GradientFlow(sp, every=10)
+    return lambda: (flow.detach(), sp.detach())
+
 def masked(model: nn.Module) -> nn.Module:
     "torch.nn.utils.prune on every weight that the project prunes."
     for s in sites(model): torch_prune.l1_unstructured(s.module, s.param, .5)
     return model
 
 
-KINDS: dict[str, Callable[[Trainer], Callable[[], object]]] = {'dense': dense, 'ours, gmp every 100': gmp, 'ours, sr_ste 2:4 every step': sr_ste_2_4}
+KINDS: dict[str, Callable[[Trainer], Callable[[], object]]] = {'dense': dense, 'ours, gmp every 100': gmp, 'ours, sr_ste 2:4 every step': sr_ste_2_4, 'ours, sr_ste, gradient flow every 10': recorded}
 
 
 def block(t: Trainer, kind: Callable, batches: list[Tensor], steps: int, device: str) -> float:

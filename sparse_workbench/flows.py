@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['cut', 'ste', 'dense_momentum', 's_ste', 'dense', 'Flow', 'sr_ste', 'l1', 'soft', 'explore', 'mask_decay',
-           'soft_threshold', 'over_shards', 'fitted', 'see_scaled', 'adam_l1', 'two_draws', 'least_variance', 'mvue']
+           'soft_threshold', 'over_shards', 'fitted', 'see_scaled', 'adam_l1', 'settled', 'two_draws', 'least_variance',
+           'mvue']
 
 # %% ../nbs/api/22_flows.ipynb #9124b44d
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,6 +131,13 @@ def adam_l1(strength: float = 4e-7, # λ
 dense = Flow('dense', see=lambda w, mask, t: w, latent=False)
 
 # %% ../nbs/api/22_flows.ipynb #a229475b
+def settled(flow: Flow, # until then
+            at: int, # the first step of the last phase
+            ) -> Flow:
+    "The same flow, and from step `at` on nothing passes outside the mask."
+    return replace(flow, name=f'settled({flow!r}, {at})', grad=lambda g, w, mask, t: masked_(g, mask) if t >= at else flow.grad(g, w, mask, t))
+
+# %% ../nbs/api/22_flows.ipynb #fbe80d6f
 def two_draws(a: Tensor) -> Tensor: # (groups, size) magnitudes -> probability that each is among two draws
     "t_i + a_i Σ_{j≠i} t_j / (S − a_j), with t = a / S and S the sum of the group."
     a = a / a.amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
@@ -146,7 +154,7 @@ def least_variance(a: Tensor, keep: int) -> Tensor: # (groups, size) magnitudes 
         sure = sure | (p >= 1)
     return p.clamp(max=1)
 
-# %% ../nbs/api/22_flows.ipynb #fbe80d6f
+# %% ../nbs/api/22_flows.ipynb #1965bcd7
 def mvue(x: Tensor, # any shape, e.g. an output gradient (tokens, out)
          keep: int, of: int, # N and M
          axis: int = 0, # along which groups run

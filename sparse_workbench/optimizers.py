@@ -89,12 +89,14 @@ class StepAdam(MaskedAdam):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (.9, .999), eps: float = 1e-8, weight_decay: float = 0., *,
                  earliest: int = 0, # no switch before
                  latest: int, # switched from this step on
-                 threshold: float | None = None): # on the mean change of v; None = only `latest` decides
+                 threshold: float | None = None, # on the mean change of v; None = only `latest` decides
+                 mean: str = 'arithmetic'): # over weights, or 'geometric': options 1 and 2 of the paper
         super().__init__(params, lr, betas, eps, weight_decay)
         if threshold is not None and any(hasattr(x, 'placements') for g in self.param_groups for x in g['params']):
             raise ValueError("variances are sharded, and every rank would decide by its own part: leave threshold out, and switch at `latest`")
         if not 0 <= earliest <= latest: raise ValueError(f"earliest={earliest!r} comes after latest={latest!r}: use for example a tenth and half of the steps")
-        self.earliest, self.latest, self.threshold = earliest, latest, threshold
+        if mean not in ('arithmetic', 'geometric'): raise ValueError(f"mean={mean!r}: use 'arithmetic' or 'geometric'")
+        self.earliest, self.latest, self.threshold, self.geometric = earliest, latest, threshold, mean == 'geometric'
         self.changes: list[Tensor] = []
         self.param_groups[0] |= dict(taken=0, switch=-1, window=[])
 
@@ -119,14 +121,16 @@ def watch(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
     move(opt, p, group, [])
     if opt.threshold is not None:
         v = opt.state[p]['exp_avg_sq']
-        opt.changes.append(torch.stack([(v - (0 if before is None else before)).abs().sum(dtype=torch.float64), torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)]))
+        z = (v - (0 if before is None else before)).abs()
+        total = (z.log() if opt.geometric else z).sum(dtype=torch.float64)
+        opt.changes.append(torch.stack([total, torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)]))
 
 def decide(opt: StepAdam) -> None:
     "Has the time come to freeze?"
     state, window = opt.param_groups[0], opt.param_groups[0]['window']
     if opt.changes:
         total, n = torch.stack(opt.changes).sum(0).tolist()
-        window.append(total / n)
+        window.append(math.exp(total / n) if opt.geometric else total / n)
         del window[:-max(1, round(1 / (1 - state['betas'][1])))]
         opt.changes.clear()
     settled = opt.threshold is not None and len(window) and state['taken'] > opt.earliest and sum(window) / len(window) < opt.threshold

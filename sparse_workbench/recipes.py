@@ -6,8 +6,8 @@
 __all__ = ['REGISTER', 'recipe', 'random', 'magnitude', 'wanda', 'ria', 'snip', 'grasp', 'taylor', 'obd', 'synflow', 'plan',
            'window', 'rhythm', 'spread', 'along', 'static', 'retrain', 'spdf', 'gmp', 'journey', 'acdc', 'iss_p',
            'mask_sparsity', 'dynamic', 'set_', 'rigl', 'itop', 'check_momentum', 'snfs', 'erk_then_global', 'granet',
-           'blast', 'deepr', 'top_kast', 'ste', 'sr_ste', 'mask_decay', 'hard', 'n_of_m', 'structure_decay', 'asp',
-           'swap_gains', 'channel_order', 'reorder', 'masked_decay', 's_ste', 'flips', 'virtual', 'tune_decay', 'ast',
+           'blast', 'deepr', 'top_kast', 'phases', 'ste', 'sr_ste', 'bdwp', 'mask_decay', 'hard', 'n_of_m',
+           'structure_decay', 'asp', 'sampled', 'masked_decay', 's_ste', 'flips', 'virtual', 'tune_decay', 'ast',
            'cast', 'step', 'holder', 'rounds_of', 'round_of', 'imp', 'fresh_norms', 'soup', 'random_search', 'table']
 
 # %% ../nbs/api/42_recipes.ipynb #e3685d17
@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from .core import Report, Site, Sites, report, sites
 from .oneshot import prune
 from .optimizers import MaskedAdam, StepAdam, l1_after, pull_after
 from .patterns import Pattern, asked, block, nm, pattern as read_pattern, per_row, row, transposable, unstructured
+from .products import check_route, mvue_of, reroute, turned
 from .rules import drop_grow, explored, forgetting, given, keep_best, nowhere, regrouped
 from .schedules import Schedule, When, cosine_fraction, cubic, death_rate, every, once, whole
 from .sparsifier import Sparsifier
 from .stats import Calibration, call, collect
+from .surgery import Chain, permute
 
 # %% ../nbs/api/42_recipes.ipynb #8c01fea6
 REGISTER: dict[str, dict[str, Any]] = {}
@@ -291,20 +294,39 @@ def top_kast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None =
     return dynamic(model, optimizer, rules.two_sets(scores.magnitude, wider), p, s, every(1), spread(allocate, p, uniform), which, flows.explore(decay, decay / (1 - s)))
 
 # %% ../nbs/api/42_recipes.ipynb #7010c2b0
+def phases(s: float, total_steps: int, begin: float, end: float, flow: flows.Flow) -> dict[str, Any]: # arguments of a Sparsifier
+    "Dense before `begin`, masks at every step until `end`, fixed masks from there on."
+    a, b = window(total_steps, begin, end)
+    how: dict[str, Any] = dict(sparsity=schedules.steps({0: 0., a: s}) if a else s, flow=flow)
+    return how if end == 1 else how | dict(flow=flows.settled(flow, b), when=lambda t: t <= b)
+
 @recipe('Straight-through estimator', 'https://arxiv.org/abs/1308.3432', 'training')
-def ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, pattern: Any = nm(2, 4), **which) -> Sparsifier:
-    "Magnitude masks at every step, gradients straight through."
+def ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, begin: float = 0., end: float = 1.,
+        pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Magnitude masks at every step, gradients straight through; dense before `begin`, masks that stay from `end` on."
     p, s = plan(pattern, sparsity, total_steps)
-    return Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.ste).attach(optimizer)
+    return Sparsifier(sites(model, **which), pattern=p, **phases(s, total_steps, begin, end, flows.ste)).attach(optimizer)
 
 @recipe('SR-STE', 'https://arxiv.org/abs/2102.04010', 'training')
-def sr_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, decay: float = 2e-4,
+def sr_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, decay: float = 2e-4, begin: float = 0., end: float = 1.,
            pattern: Any = nm(2, 4), **which) -> Sparsifier:
-    "Learning N:M sparsity from scratch: straight through, with a pull to zero on what is pruned."
+    "Learning N:M sparsity from scratch: straight through, with a pull to zero on what is pruned; dense before `begin`, masks that stay from `end` on."
     p, s = plan(pattern, sparsity, total_steps)
-    return Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.sr_ste(decay)).attach(optimizer)
+    return Sparsifier(sites(model, **which), pattern=p, **phases(s, total_steps, begin, end, flows.sr_ste(decay))).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #f71cbdce
+# %% ../nbs/api/42_recipes.ipynb #cd72bd35
+@recipe('BDWP (bidirectional weight pruning)', 'https://arxiv.org/abs/2309.13015', 'training')
+def bdwp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, decay: float = 0., pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Straight through with two masks: along the inputs in the forward product, along the outputs in the backward one."
+    p, s = plan(pattern, sparsity, total_steps)
+    flow = replace(flows.sr_ste(decay) if decay else flows.ste, name=f'bdwp({decay:g})')
+    sp = Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flow)
+    for x in sp.sites: check_route(x, turned(p), None)
+    sp.attach(optimizer)
+    reroute(sp.sites, turned(p))
+    return sp
+
+# %% ../nbs/api/42_recipes.ipynb #4a9b3b53
 @recipe('Progressive gradient flow: mask decay (MdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
 def mask_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'exponential', rate: float | None = None,
                begin: float = 0., end: float = .8, backward: str = 'ste', pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -325,7 +347,7 @@ def hard(sp: Sparsifier) -> Iterator[None]:
         with torch.no_grad():
             for s, w in zip(sp.sites, before): s.weight.copy_(w)
 
-# %% ../nbs/api/42_recipes.ipynb #4a9b3b53
+# %% ../nbs/api/42_recipes.ipynb #3d2d71f4
 def n_of_m(name: str, p: Pattern) -> tuple[int, int]: # N and M
     "What an N:M pattern keeps of how many; ValueError for any other."
     if type(p) is not Pattern or not p.fixed or 1 not in p.group or p.sparsity is None:
@@ -344,76 +366,45 @@ def structure_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float |
     rule = keep_best() if step else regrouped(keep_best(), schedules.shrinking_groups(keep, of, b - a, a))
     return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.halving(keep, of, b - a, a) if step else schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #f63bdbfb
+# %% ../nbs/api/42_recipes.ipynb #ee16bd0c
 @recipe('ASP', 'https://arxiv.org/abs/2104.08378', 'training')
 def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, multiples: tuple[int, int] = (8, 16),
-        score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
-    "Prune a trained model once, 2:4 by magnitude, and train on with that mask; layers whose (out, in) are no multiples of `multiples` stay dense."
+        permuting: Sequence[Chain] = (), score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "Prune a trained model once, 2:4 by magnitude, and train on with that mask; layers whose (out, in) are no multiples of `multiples` stay dense. `permuting=` chains of layers whose channels are put in a better order first."
     (p, s), ss = plan(pattern, sparsity, total_steps), sites(model, **which)
     odd = {x.name: f'({x.shape[0]}, {x.shape[1]}) is no multiple of {multiples}' for x in ss if x.shape[0] % multiples[0] or x.shape[1] % multiples[1]}
     left = Sites([x for x in ss if x.name not in odd], ss.left | odd)
     if not left: raise ValueError(f"asp leaves every layer dense: {', '.join(f'{n} {why}' for n, why in list(odd.items())[:4])}; multiples=(1, 1) takes them all")
+    if permuting: permute(model, permuting, p, optimizer=optimizer)
     return Sparsifier(left, keep_best(score), pattern=p, allocate=spread(None, p, uniform), sparsity=s, when=once()).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #ee16bd0c
-def swap_gains(w: Tensor, # (rows, inputs) magnitudes in their present order
-               i: int, keep: int, of: int) -> Tensor: # (inputs,) what exchanging input i with each other one would gain
-    "Kept magnitude after the exchange less that before."
-    rows, n = w.shape
-    kept = lambda x: x.topk(keep, dim=-1).values.sum((0, -1))
-    g, a = w.view(rows, n // of, of), i // of
-    rest = torch.cat([g[:, a, :i % of], g[:, a, i % of + 1:]], 1)
-    here = kept(torch.cat([rest[:, None].expand(-1, n, -1), w[:, :, None]], 2))
-    eye = torch.eye(of, dtype=torch.bool, device=w.device)
-    there = kept(torch.where(eye, w[:, i, None, None, None], g[:, :, None])).reshape(n)
-    before = kept(g)
-    gain = here + there - before[a] - before.repeat_interleave(of)
-    gain[a * of:(a + 1) * of] = 0
-    return gain
+# %% ../nbs/api/42_recipes.ipynb #1f5fc503
+def sampled(sp: Sparsifier, gradients: str, optimizer: Optimizer) -> Sparsifier: # attached
+    "Attach; with 'mvue', weight gradients are made of a 2:4 sample of the output gradient."
+    if gradients not in ('dense', 'mvue'): raise ValueError(f"gradients={gradients!r}: use 'dense', or 'mvue' for a 2:4 sample of the output gradient")
+    if gradients == 'dense': return sp.attach(optimizer)
+    for s in sp.sites: check_route(s, None, mvue_of())
+    sp.attach(optimizer)
+    reroute(sp.sites, None, mvue_of())
+    return sp
 
-def channel_order(weights: Sequence[Tensor], # (out, in, *kernel) of the layers that read the same inputs
-                  keep: int = 2, of: int = 4, sweeps: int = 20) -> Tensor: # (in,) the new order of the inputs
-    "An order of the inputs in which N:M keeps more magnitude. Work: sweeps × inputs² × rows."
-    w = torch.cat([x.detach().flatten(2).transpose(1, 2).flatten(0, 1) if x.ndim > 2 else x.detach() for x in weights]).abs().float()
-    if w.size(1) % of: raise ValueError(f"{w.size(1)} inputs are no multiple of {of}")
-    order = torch.arange(w.size(1), device=w.device)
-    for _ in range(sweeps):
-        start = order.clone()
-        for i in range(len(order)):
-            gain, j = swap_gains(w[:, order], i, keep, of).max(0)
-            if gain > 1e-6 * w.amax(): order[[i, int(j)]] = order[[int(j), i]]
-        if torch.equal(order, start): break
-    return order
-
-# %% ../nbs/api/42_recipes.ipynb #bc3c79a3
-def reorder(order: Tensor, # (channels,) from channel_order
-            before: Sequence[nn.Module], # what delivers the channels: layers, and the norms after them
-            after: Sequence[nn.Module], # what reads them
-            ) -> None: # in place
-    "Permute channels between layers; the model computes what it did before."
-    with torch.no_grad():
-        for m in before:
-            for t in (*m.parameters(recurse=False), *(b for b in m.buffers(recurse=False) if b.ndim)): t.copy_(t[order])
-        for m in after: m.weight.copy_(m.weight[:, order]) # type: ignore[operator, index]
-
-# %% ../nbs/api/42_recipes.ipynb #aedb4281
 @recipe('Accelerating transformer pre-training with 2:4 (masked decay)', 'https://arxiv.org/abs/2404.01847', 'training')
 def masked_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 2e-4, frequency: int | None = None,
-                 dense: float = 1/6, pattern: Any = transposable(2, 4), **which) -> Sparsifier:
+                 dense: float = 1/6, gradients: str = 'dense', pattern: Any = transposable(2, 4), **which) -> Sparsifier:
     "Transposable 2:4 masks every 40 steps, a pull on what is pruned, and a dense end (`dense=0`: none). Name the layers, e.g. include='*mlp*'."
     p, s = plan(pattern, sparsity, total_steps)
     turn = window(total_steps, 0, 1 - schedules.fraction('dense', dense))[1] if dense else total_steps + 1
     n = rhythm(frequency, 40, 0, min(turn, total_steps))
-    return Sparsifier(sites(model, **which), pattern=p, sparsity=schedules.steps({0: s, turn: 0.}), when=lambda t: t == turn or t < turn and t % n == 0,
-                      flow=flows.sr_ste(decay)).attach(optimizer)
+    return sampled(Sparsifier(sites(model, **which), pattern=p, sparsity=schedules.steps({0: s, turn: 0.}), when=lambda t: t == turn or t < turn and t % n == 0,
+                              flow=flows.sr_ste(decay)), gradients, optimizer)
 
 @recipe('S-STE', 'https://arxiv.org/abs/2409.09099', 'training')
-def s_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+def s_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, gradients: str = 'dense', pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Continuous 2:4: a soft threshold, a scale frozen at the first step, gradients straight through; no decay, no dense end."
     p, s = plan(pattern, sparsity, total_steps)
-    return Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.s_ste).attach(optimizer)
+    return sampled(Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.s_ste), gradients, optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #6a4d0e89
+# %% ../nbs/api/42_recipes.ipynb #aedb4281
 def flips(sp: Sparsifier) -> list[tuple[int, float]]: # (step, rate), filled as training goes on
     "Record the share of weights whose mask has changed, at every change of masks."
     out: list[tuple[int, float]] = []
@@ -439,14 +430,15 @@ def tune_decay(flip: Callable[[float | None], float], # a short training with th
     if not good: raise ValueError(f"no λ has a ratio between {band[0]} and {band[1]}: " + ', '.join(f'{d:g}: {r:.2f}' for d, r in ratios.items()) + '; try larger ones if all ratios are above, smaller ones if below')
     return min(good, key=lambda d: abs(ratios[d] - sum(band) / 2)), ratios
 
-# %% ../nbs/api/42_recipes.ipynb #bd3c110a
+# %% ../nbs/api/42_recipes.ipynb #7360c363
 @recipe('AST (adaptive sparse trainer)', 'https://arxiv.org/abs/2407.20584', 'training')
 def ast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 6e-5, rise: float = .25, frequency: int | None = None,
-        score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
-    "SR-STE with a pull that rises over the fraction `rise` of the steps; masks every 10. With MaskedAdam the pull comes after the momentum."
-    (p, s), (_, top) = plan(pattern, sparsity, total_steps), window(total_steps, 0, rise)
+        score: scores.Score = scores.magnitude, calibration: Any = None, pattern: Any = nm(2, 4), **which) -> Sparsifier:
+    "SR-STE with a pull that rises over the fraction `rise` of the steps; masks every 10, by magnitude or score=wanda with `calibration`. With MaskedAdam the pull comes after the momentum."
+    (p, s), (_, top), ss = plan(pattern, sparsity, total_steps), window(total_steps, 0, rise), sites(model, **which)
     inside = isinstance(optimizer, MaskedAdam)
-    sp = Sparsifier(sites(model, **which), keep_best(score), pattern=p, sparsity=s, when=every(rhythm(frequency, 10, 0, total_steps)),
+    if calibration is not None: collect(model, ss, calibration, list(getattr(score, 'needs', ())))
+    sp = Sparsifier(ss, keep_best(score), pattern=p, sparsity=s, when=every(rhythm(frequency, 10, 0, total_steps)),
                     flow=flows.ste if inside else flows.sr_ste(decay, top)).attach(optimizer)
     if isinstance(optimizer, MaskedAdam): optimizer.shape, optimizer.sites = optimizer.shape or pull_after(decay, top), list(sp.sites)
     return sp
@@ -462,7 +454,7 @@ def cast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     if isinstance(optimizer, MaskedAdam): optimizer.shape, optimizer.sites = optimizer.shape or l1_after(decay, total_steps), list(sp.sites)
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #a3e1a15c
+# %% ../nbs/api/42_recipes.ipynb #bd3c110a
 @recipe('STEP', 'https://arxiv.org/abs/2302.01172', 'training')
 def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, dense: float = .5, pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Dense until the variances have settled, then straight through with N:M masks; with StepAdam the second moment is frozen at the switch."
@@ -472,7 +464,7 @@ def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
         return s if at is not None and t >= at else 0.
     return Sparsifier(sites(model, **which), pattern=p, sparsity=now, flow=flows.ste).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #b64e1dc9
+# %% ../nbs/api/42_recipes.ipynb #6161cef8
 def holder(model: nn.Module, masks: dict[str, Tensor], which: dict, used: list[Sparsifier]) -> Callable[[Optimizer], Sparsifier]:
     "A function that makes an optimizer keep these masks."
     table = {n: 1 - int(m.sum()) / max(1, m.numel()) for n, m in masks.items()}
@@ -493,7 +485,7 @@ def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     if not used: raise ValueError("train(model, hold) must call hold(optimizer) before its first step, so that pruned weights stay zero")
     for sp in used: sp.detach()
 
-# %% ../nbs/api/42_recipes.ipynb #e31ecead
+# %% ../nbs/api/42_recipes.ipynb #5bda337d
 @recipe('The lottery ticket hypothesis', 'https://arxiv.org/abs/1803.03635', 'outer loop')
 def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsity: float, rate: float = .2, rewind: str = 'weights',
         allocate: Allocate = global_, pattern: Any = unstructured(), **which) -> list[Report]: # one report for each round of pruning
@@ -514,7 +506,7 @@ def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsi
     round_of(model, ss, train, which)
     return reports
 
-# %% ../nbs/api/42_recipes.ipynb #7333b79c
+# %% ../nbs/api/42_recipes.ipynb #b273f7b9
 def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     "Running statistics of all batch norms, from these batches alone; the mode of every module is put back."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -530,7 +522,7 @@ def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         for m, r in zip(norms, rates): m.momentum = r
         for k, t in was.items(): k.training = t
 
-# %% ../nbs/api/42_recipes.ipynb #7a2d8df7
+# %% ../nbs/api/42_recipes.ipynb #7333b79c
 @recipe('Sparse model soups', 'https://arxiv.org/abs/2306.16788', 'outer loop')
 def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, **which) -> nn.Module:
     "The average of models with one mask, as a new model; batch norms get fresh statistics from `batches`. ValueError when masks differ."
@@ -547,7 +539,7 @@ def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, *
     if batches is not None: fresh_norms(out, batches)
     return out
 
-# %% ../nbs/api/42_recipes.ipynb #b6b3d980
+# %% ../nbs/api/42_recipes.ipynb #6b03258c
 @recipe('Random search', 'https://arxiv.org/abs/2403.08265', 'outer loop')
 def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, sparsity: float | None = None, tries: int = 10, **how) -> list[float]: # a value for each draw
     "Draw random masks, keep the one with the lowest evaluate(model), before any training; the model is left with it."
@@ -560,7 +552,7 @@ def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, s
     prune(model, sparsity, score=scores.noise(min(range(tries), key=values.__getitem__)), **how)
     return values
 
-# %% ../nbs/api/42_recipes.ipynb #c18b3b31
+# %% ../nbs/api/42_recipes.ipynb #ef45834b
 def table() -> list[dict[str, str]]: # one row for each recipe: name, paper, family, needs, summary
     "All recipes, read from the register."
     import inspect

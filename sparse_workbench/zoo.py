@@ -6,8 +6,8 @@
 __all__ = ['CLASSES', 'rotations', 'rotate', 'Attention', 'MLP', 'Layer', 'oddities', 'LlamaConfig', 'drawn', 'Llama',
            'logits_of', 'sample', 'generate', 'Pretrained', 'tokenizer_of', 'described', 'read_weights', 'sample_text',
            'load_llama', 'PlainTokenizer', 'plain_tokenizer', 'class_and_task', 'side_file', 'check_pooling', 'quiet',
-           'load_transformers', 'pad', 'embed', 'ResidualBlock', 'CifarResNet', 'cifar_resnet', 'available',
-           'load_folder', 'load_hub', 'load_known', 'load']
+           'load_transformers', 'pad', 'embed', 'ResidualBlock', 'CifarResNet', 'cifar_resnet', 'ViTBlock', 'ViT',
+           'available', 'load_folder', 'load_hub', 'load_known', 'load']
 
 # %% ../nbs/api/51_zoo.ipynb #f1df1ec0
 import json
@@ -409,6 +409,45 @@ def cifar_resnet(depth: int,                     # 20, 32, 44, 56 … : 6n+2
     return net.eval()
 
 # %% ../nbs/api/51_zoo.ipynb #b443c19e
+class ViTBlock(nn.Module):
+    "Attention among all patches, then a feed-forward part, each on the normalised stream and added to it"
+    def __init__(self, dim: int, heads: int, expand: int):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.up_proj, self.down_proj = nn.Linear(dim, dim*expand), nn.Linear(dim*expand, dim)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))
+
+# %% ../nbs/api/51_zoo.ipynb #447f90c7
+class ViT(nn.Module):
+    "`images [batch, channels, size, size]` to logits `[batch, classes]`"
+    def __init__(self,
+                 size: int = 28,     # of the square images, a multiple of `patch`
+                 channels: int = 1,
+                 patch: int = 4,     # of the square patches
+                 dim: int = 128,     # features of a patch, a multiple of `heads`
+                 depth: int = 4,     # blocks
+                 heads: int = 4,
+                 expand: int = 4,    # width of the feed-forward part in `dim`
+                 classes: int = 10):
+        super().__init__()
+        if size % patch or dim % heads: raise ValueError(f'patches of {patch} pixels must fill {size}, and {heads} heads must share {dim} features evenly')
+        self.patch_embed = nn.Conv2d(channels, dim, patch, patch)
+        self.positions = nn.Parameter(torch.randn((size//patch)**2, dim)*.02)
+        self.blocks = nn.ModuleList(ViTBlock(dim, heads, expand) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks: x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+# %% ../nbs/api/51_zoo.ipynb #22ee7125
 def available() -> dict[str, Path]: # name: its folder, or its file of weights
     "What `load` knows by name on this machine: the shipped model, minilm where it is installed, what lies in `data_dir()`"
     import sparse_workbench
@@ -421,7 +460,7 @@ def available() -> dict[str, Path]: # name: its folder, or its file of weights
         found = {f.parent.name if f.name == 'config.json' else f.stem: f.parent if f.name == 'config.json' else f for f in files} | found
     return found
 
-# %% ../nbs/api/51_zoo.ipynb #447f90c7
+# %% ../nbs/api/51_zoo.ipynb #d6534e2d
 def load_folder(folder: Path,
                 device: str = 'cpu',
                 dtype: torch.dtype = torch.float32
@@ -432,7 +471,7 @@ def load_folder(folder: Path,
     plain = raw.get('architectures') == ['LlamaForCausalLM'] and not oddities(raw) and (folder/'tokenizer.json').exists()
     return (load_llama if plain else load_transformers)(folder, device, dtype)
 
-# %% ../nbs/api/51_zoo.ipynb #7f332df7
+# %% ../nbs/api/51_zoo.ipynb #eae584fb
 def load_hub(name: str, # owner/name
              device: str = 'cpu',
              dtype: torch.dtype = torch.float32
@@ -443,13 +482,13 @@ def load_hub(name: str, # owner/name
         raise FileNotFoundError(f'{name}: not a folder here, and the hub did not give it ({str(e).splitlines()[0]}). Without network, type `hf download {name} '
                                 '--local-dir FOLDER` on a machine that has one, bring the folder here, and load("FOLDER"); HF_HUB_OFFLINE=1 saves the wait') from e
 
-# %% ../nbs/api/51_zoo.ipynb #aba870f4
+# %% ../nbs/api/51_zoo.ipynb #812a7a10
 def load_known(name: str, path: Path, device: str, dtype: torch.dtype) -> Pretrained:
     "A model of `available()` under its name there"
     if path.suffix != '.safetensors': return replace(load_folder(path, device, dtype), name=name)
     return Pretrained(name, cifar_resnet(int(name.removeprefix('resnet')), path).to(device, dtype), task='vision')
 
-# %% ../nbs/api/51_zoo.ipynb #097f75ad
+# %% ../nbs/api/51_zoo.ipynb #7a53d18b
 def load(name: str | Path | nn.Module,       # of `available()`, a folder, a hub id owner/name, or a module, which is taken as it is
          device: str = 'cpu',
          dtype: torch.dtype = torch.float32

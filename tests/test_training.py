@@ -23,7 +23,7 @@ from sparse_workbench.testing import assert_same, check_mask, check_promises, co
 TRAINING = {n: r['recipe'] for n, r in REGISTER.items() if r['family'] == 'training'}
 SOFT = ('iss_p', 'mask_sparsity', 'mask_decay', 'cast')      # use what they will remove until they cut it: the stated exception
 OWN: dict[str, dict] = dict(blast=dict(pattern=block(4)))
-FREE = {n: dict(pattern=unstructured()) for n in ('ste', 'sr_ste', 'mask_decay', 'asp', 'masked_decay', 's_ste', 'ast', 'cast', 'step')}     # 2:4 unless told otherwise
+FREE = {n: dict(pattern=unstructured()) for n in ('ste', 'sr_ste', 'mask_decay', 'asp', 'masked_decay', 's_ste', 'ast', 'cast', 'step', 'bdwp')}     # 2:4 unless told otherwise
 FREE['structure_decay'] = dict(pattern=nm(1, 4))
 SGD, PLAIN, ADAM = (partial(torch.optim.SGD, lr=.1, momentum=.9), partial(torch.optim.SGD, lr=.1), partial(torch.optim.AdamW, lr=1e-2))
 
@@ -83,7 +83,7 @@ def test_promises_of_a_language_model(name):
 
 WANTED = dict(static=lambda t, T: .9, retrain=lambda t, T: .9, set=lambda t, T: .9, rigl=lambda t, T: .9, itop=lambda t, T: .9, snfs=lambda t, T: .9,
               deepr=lambda t, T: .9, top_kast=lambda t, T: .9, iss_p=lambda t, T: .9, mask_sparsity=lambda t, T: .9, ste=lambda t, T: .9, sr_ste=lambda t, T: .9,
-              mask_decay=lambda t, T: .9, asp=lambda t, T: .9, s_ste=lambda t, T: .9, ast=lambda t, T: .9, cast=lambda t, T: .9,
+              mask_decay=lambda t, T: .9, asp=lambda t, T: .9, s_ste=lambda t, T: .9, ast=lambda t, T: .9, cast=lambda t, T: .9, bdwp=lambda t, T: .9,
               masked_decay=lambda t, T: .9 if t < int(5/6 * T) else 0, step=lambda t, T: .9 if t >= T / 2 else 0,
               spdf=lambda t, T: .9 if t < int(.87 * T) else 0,
               acdc=lambda t, T: .9 if t >= .85 * T or t < .75 * T and t >= .1 * T and int((t - .1 * T) / (.05 * T) + 1e-9) % 2 == 0 else 0,

@@ -1,0 +1,107 @@
+"N:M training over two processes, by DDP and by FSDP2, equals one: also with an optimizer that knows the mask, with scales, with low-rank helpers and with a second mask."
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_workbench import recipes
+from sparse_workbench.hosts import check_ranks
+from sparse_workbench.loop import fit, ranks, shuffled, whole, whole_state
+from sparse_workbench.optimizers import MaskedAdam, StepAdam
+from sparse_workbench.surgery import add_low_rank, add_scales
+from sparse_workbench.testing import assert_same, mlp, seeded
+
+STEPS = 12
+METHODS: dict[str, dict] = dict( # recipe, arguments, optimizer, surgery
+    mask_decay={}, structure_decay=dict(pattern='1:4'), s_ste={}, masked_decay=dict(frequency=3), step=dict(make=partial(StepAdam, latest=6)), asp=dict(multiples=(1, 1)),
+    ast=dict(make=MaskedAdam, frequency=2), cast=dict(make=MaskedAdam, frequency=2, decay=.05), boosted=dict(recipe='ast', frequency=2, surgery=partial(add_low_rank, k=4)),
+    scaled=dict(recipe='cast', make=MaskedAdam, frequency=2, decay=.05, surgery=add_scales), bdwp={})
+
+
+def network(kind: str, surgery: Callable) -> tuple[nn.Module, nn.Module]: # the bare model, and what is called
+    model = mlp()
+    surgery(model)
+    if dist.is_initialized() and kind == 'ddp': return model, nn.parallel.DistributedDataParallel(model)
+    if dist.is_initialized() and kind == 'fsdp':
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+        for layer in model[::2]: fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, model
+
+
+def job(kind: str, name: str) -> dict[str, Tensor]:
+    "Train in all processes together; whole weights, masks and dense weights."
+    how = dict(recipe=name, make=torch.optim.AdamW, surgery=lambda m: None) | METHODS[name]
+    model, net = network(kind, how.pop('surgery'))
+    opt = how.pop('make')(model.parameters(), 1e-2, eps=1e-4)
+    sp = recipes.REGISTER[how.pop('recipe')]['recipe'](model, opt, total_steps=STEPS, **how)
+    rank, world = ranks()
+    with seeded(0): x = torch.randn(96, 16)
+    fit(net, opt, lambda m, b: (m(b[0]) - b[0][:, :8].sin()).square().mean(), shuffled(x, batch=32, part=rank, parts=world), STEPS, sparsifier=sp)
+    check_ranks(sp)
+    state = whole_state(sp)['sites']
+    return whole(dict(model.state_dict())) | {f'{n} ({k})': state[n][k] for n in state for k in ('mask', 'latent') if k in state[n]}
+
+
+def refused() -> dict[str, str]:
+    model, _ = network('fsdp', lambda m: None)
+    try: recipes.bdwp(model, torch.optim.SGD(model.parameters(), .1))
+    except ValueError as e: return dict(error=str(e))
+    return dict(error='nothing was refused')
+
+
+NAMES = [*(f'ddp {m}' for m in METHODS), *(f'fsdp {m}' for m in METHODS if m not in ('bdwp', 'masked_decay'))] # a square of 4 × 4 may lie on two ranks
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    "One of two processes, as torchrun starts them."
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    try:
+        for n in NAMES: torch.save(job(*n.split()), f'{folder}/{n} {rank}.pt')
+        torch.save(refused(), f'{folder}/refused {rank}.pt')
+        dist.barrier()
+    finally: dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def two(once) -> Path:
+    "Where the two processes have left their results."
+    if not dist.is_available() or not dist.is_gloo_available(): pytest.skip('this build of torch has no gloo, by which processes on CPUs talk')
+    return once('two-nm', lambda folder: torch.multiprocessing.spawn(worker, (free_port(), str(folder)), nprocs=2))
+
+
+pytestmark = pytest.mark.xdist_group('two-nm')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_two_processes_equal_one(two, name):
+    "Masks to the bit; weights to the rounding of a mean over ranks."
+    first, second = (torch.load(two / f'{name} {r}.pt', weights_only=True) for r in range(2))
+    assert_same(first, second)
+    alone = job(*name.split())
+    assert first.keys() == alone.keys()
+    for k, v in alone.items():
+        if v.dtype == torch.bool: assert torch.equal(first[k], v), f'{k} differs at {int((first[k] != v).sum())} of {v.numel()} places'
+        else: torch.testing.assert_close(first[k], v, rtol=0, atol=2e-5)
+
+
+def test_a_second_mask_needs_whole_weights(two):
+    for r in range(2):
+        said = torch.load(two / f'refused {r}.pt', weights_only=True)['error']
+        assert '0.weight is sharded, and a second mask needs the whole dense weight on every rank: train with DistributedDataParallel' in said
