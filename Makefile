@@ -18,11 +18,12 @@ endif
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help run lab test docs export hooks clean
+.PHONY: help run lab app test docs export hooks clean
 
 help:
 	@echo 'make run      the first experiment: how much of the embedded model is needed? (ends with a report in runs/)'
 	@echo 'make lab      JupyterLab on the workbench notebook'
+	@echo 'make app      the same dashboards as a web page, without code (Voilà)'
 	@echo 'make test     every check: notebooks in step, ruff, mypy, every notebook, every test'
 	@echo 'make docs     the documentation site, in _docs/'
 	@echo 'make export   modules, README.md and clean notebooks from the notebooks'
@@ -45,8 +46,14 @@ lab: $(READY)
 	@echo 'lab: opens nbs/workbench.ipynb in JupyterLab to look at masks, curves and gradients by hand (stop: Ctrl-C twice)'
 	@$(PY) -m jupyterlab --config=tools/jupyter_lab_config.py --port=$(PORT) nbs/workbench.ipynb $(ARGS)
 
+app: $(READY)
+	$(NEED) lab
+	@echo 'app: serves the dashboards of nbs/workbench.ipynb as a page without code, at http://localhost:$(PORT) (stop: Ctrl-C)'
+	@PATH="$(BIN):$$PATH" $(PY) -m voila nbs/workbench.ipynb --no-browser --port=$(PORT) --strip_sources=True --show_tracebacks=True $(ARGS)
+
 test: $(READY)
 	$(NEED) test
+	@sh tools/browser.sh
 	@echo 'test: notebooks in step with modules, ruff, mypy, then every notebook and test, in parallel (the last line counts them)'
 	@$(PY) tools/sync.py check
 	@$(PY) -m ruff check -q $(wildcard tests tools benchmarks)

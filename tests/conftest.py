@@ -31,6 +31,16 @@ def data() -> Path:
 
 
 @pytest.fixture(scope='session')
+def alone() -> Callable[..., object]:
+    "alone(f, *args): f's result, or its error, from a fresh process, whose memory nobody else uses."
+    def run(f: Callable, *args: object) -> object:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: return pool.submit(f, *args).result()
+    return run
+
+
+@pytest.fixture(scope='session')
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     "once(name, make): a folder that `make` fills, once for all workers of a run."
     def folder(name: str, make: Callable[[Path], None]) -> Path:
@@ -49,3 +59,19 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
 def pytest_collection_modifyitems(items):
     "Notebooks first, the longest files early, so that no worker ends alone."
     items.sort(key=lambda i: not i.nodeid.startswith('tests/test_nbs.py'))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "tests/ui share one server and one browser, so one worker takes them all; any other test goes to whoever is free."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str: return 'tests/ui' if nodeid.startswith('tests/ui/') else nodeid
+    return Scheduler(config, log)
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Browser tests that did not run are named, even when nothing else is."
+    why = {str(r.longrepr[2]) for r in terminalreporter.stats.get('skipped', []) if r.nodeid.startswith('tests/ui/') and isinstance(r.longrepr, tuple)}
+    for reason in sorted(why): terminalreporter.write_line(f'NOT TESTED, tests/ui: {reason}', yellow=True)

@@ -461,3 +461,164 @@ def test_values_from_text():
              *((text, 'str', text) for text in ('no', '[', '', 'null', 'a #b', '007', 'a: b')), ('3', 'int | str', 3),
              ('no', "Literal['no', 'yes']", 'no'), ('2026-01-02', 'Any', '2026-01-02'), ('x', 'int', 'x')]
     assert [cli.read_value(text, kind) for text, kind, _ in cases] == [v for *_, v in cases]
+
+
+# ---- jobs and sweeps ----
+
+GATE = code("import os, time\nfrom pathlib import Path\nif x < 0: raise ValueError(f'{x} is below zero')\n"
+            "Path(f'began-{x}~').write_text(str(os.getpid())); os.rename(f'began-{x}~', f'began-{x}')\n"
+            "while x > 1 and not os.path.exists('open'): time.sleep(.05)\nPath(out, 'result.json').write_text('{\"x\": %d}' % x)")
+
+
+@pytest.fixture
+def gated(tmp_path):
+    "An experiment that waits, when x > 1, until a file `open` exists; the test runs in its folder."
+    notebook(tmp_path/'nbs/experiments/gate.ipynb', code("x: int = 1\ntext: str = ''\nout = ''", 'parameters'), GATE)
+    with contextlib.chdir(tmp_path): yield tmp_path
+
+
+def until(what, seconds=300):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, 'it did not happen'
+        time.sleep(.05)
+    return found
+
+
+def gone(pid):
+    from psutil import pid_exists
+    return until(lambda: not pid_exists(pid))
+
+
+def test_stopped_job_leaves_nothing(gated):
+    job = execute.Job('gate', dict(x=2))
+    until(Path('began-2').exists)
+    (w,) = execute.working('runs')
+    assert (w['name'], w['pid'], w['id']) == ('gate', job.process.pid, execute.question('gate', dict(x=2)).id)
+    assert until(lambda: job.progress == (2, 3)) and job.reply['status'] == 'running'
+    job.stop()
+    assert job.wait(300) == dict(status='stopped', path='', error='')
+    assert names('runs') == [] and execute.working('runs') == []
+    gone(int(Path('began-2').read_text()))
+    job.stop()                                     # of a stopped one nothing happens
+
+
+def test_job_ends_with_whoever_asked(gated):
+    body = "import time\nfrom sparse_workbench.execute import Job\njob = Job('gate', dict(x=2))\nprint(job.process.pid, flush=True)\ntime.sleep(120)"
+    asker = subprocess.Popen([sys.executable, '-c', body], env=ENV, stdout=subprocess.PIPE, text=True)
+    pid = int(asker.stdout.readline())
+    until(Path('began-2').exists)
+    asker.kill()
+    asker.wait()
+    gone(pid)
+    gone(int(Path('began-2').read_text()))
+    assert names('runs') == []
+
+
+def test_job_whose_process_is_killed(gated):
+    job = execute.Job('gate', dict(x=2))
+    until(Path('began-2').exists)
+    job.process.kill()
+    end = job.wait(30)
+    assert end['status'] == 'failed' and 'ended with status -9' in end['error']
+    gone(int(Path('began-2').read_text()))
+    assert execute.working('runs') == []           # the folder of a dead process is no run
+
+
+def test_tail_keeps_the_last_state_of_a_bar(tmp_path):
+    (tmp_path/'log').write_bytes(b'one\nbar 10%\rbar 50%\rbar 100%\r\n\n\x1b[31mred\x1b[0m \xff\n')
+    assert execute.tail(tmp_path/'log', 2) == 'bar 100%\nred \ufffd' and execute.tail(tmp_path/'none', 3) == ''
+
+
+def test_sweep_fails_apart_and_continues(gated):
+    s = execute.sweep('gate', dict(x=[1, -1, 2, 3]), dict(text='a, b'), workers=2)
+    until(Path('began-2').exists)
+    assert not s.done
+    s.cancel()
+    s.wait(300)
+    assert [p.status for p in s.points][:2] == ['done', 'failed'] and {p.status for p in s.points[2:]} == {'stopped'}
+    assert 'ValueError: -1 is below zero' in s.points[1].error and Path(s.points[1].path).parent.name == 'failed'
+    assert [r.result for r in s.runs()] == [dict(x=1)] and all(f.done() for f in s.futures)
+    Path('open').touch()
+    again = execute.sweep('gate', dict(x=[1, -1, 2, 3]), dict(text='a, b'), workers=3).wait(300)
+    assert [p.status for p in again.points] == ['stored', 'failed', 'done', 'done']
+    assert again.rows()[2] == dict(x=2, status='done') and len(runs.failed('runs')) == 2
+
+
+def test_killed_sweep_command_continues(gated):
+    words = ['sweep', 'gate', '-g', 'x=1,2', '--workers', '1']
+    p = command(*words)
+    until(Path('began-2').exists)
+    p.kill()
+    p.communicate(timeout=30)
+    gone(int(Path('began-2').read_text()))
+    assert [runs.load(f'runs/{n}').result for n in names('runs') if FINISHED.fullmatch(n)] == [dict(x=1)]
+    Path('open').touch()
+    p = command(*words)
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == 0, err
+    assert [line.split() for line in out.splitlines()] == [['x', 'status'], ['1', 'stored'], ['2', 'done']]
+    assert '1 from the store' in err and err.splitlines()[-1].startswith('2 of 2 runs')
+
+
+def test_interrupted_sweep_command(gated):
+    p = command('sweep', 'gate', '-g', 'x=2,3', '--workers', '1')
+    until(Path('began-2').exists)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == 130 and out == '' and 'Traceback' not in err
+    gone(int(Path('began-2').read_text()))
+    assert execute.working('runs') == []
+
+
+def test_sweep_on_dask(gated):
+    pytest.importorskip('distributed', reason="pip install 'sparse_workbench[sweep]'")
+    s = execute.sweep('gate', dict(x=[1, -1, 2, 3]), scheduler='dask', workers=2)
+    assert re.match(r'http://127\.0\.0\.1:\d+', s.dashboard)
+    until(lambda: Path('began-2').exists() and s.counts.get('running') == 2)
+    s.cancel()
+    s.wait(300)
+    assert [p.status for p in s.points] == ['done', 'failed', 'stopped', 'stopped']
+    assert 'ValueError: -1 is below zero' in s.points[1].error and s.runs()[0].result == dict(x=1)
+    gone(int(Path('began-2').read_text()))
+    until(lambda: not execute.working('runs'))
+
+
+def test_dask_by_address_and_its_absence(gated):
+    distributed = pytest.importorskip('distributed', reason="pip install 'sparse_workbench[sweep]'")
+    with pytest.raises(OSError): execute.client_of('tcp://127.0.0.1:1', 1)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, host='tcp://127.0.0.1', dashboard_address=None) as cluster:
+        s = execute.sweep('gate', dict(x=[0]), scheduler=cluster.scheduler_address).wait(300)
+        assert s.counts == dict(done=1) and runs.results().shape[0] == 1
+
+
+def test_sweep_without_dask(gated, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'distributed', None)
+    with pytest.raises(ImportError, match=r"pip install 'sparse_workbench\[sweep\]'"): execute.sweep('gate', dict(x=[1]), scheduler='dask')
+
+
+BAD_GRIDS = [(dict(x=1), 'a list of values for `x`'), (dict(x='12'), 'a list of values'), (dict(x=[]), 'no value for `x`'),
+             (dict(x=[1, 'a']), "`x` = 'a' is not int"), (dict(y=[1]), 'no parameter `y`'), (dict(text=['a']), 'fixed value too')]
+
+
+@pytest.mark.parametrize('grid, message', BAD_GRIDS)
+def test_grid_is_checked_before_anything_runs(gated, grid, message):
+    with pytest.raises(UsageError, match=message): execute.sweep('gate', grid, dict(text='a'))
+    with pytest.raises(UsageError, match='workers=0'): execute.sweep('gate', dict(x=[1]), workers=0)
+    assert not Path('runs').exists()
+
+
+def test_grid_values_from_text():
+    cases = [('1, 2', 'int', [1, 2]), ('[1,2],[3]', 'list[int]', [[1, 2], [3]]), ('"a,b",c', 'str', ['a,b', 'c']), ('{a: 1, b: 2}', 'dict', [dict(a=1, b=2)]),
+             ("don't,x", 'str', ["don't", 'x']), ('""', 'str', ['']), ('null,1', 'int | None', [None, 1]), ('["a,b"],[c]', 'list[str]', [['a,b'], ['c']])]
+    assert [cli.read_values(text, kind) for text, kind, _ in cases] == [v for *_, v in cases]
+    for bad in ('', ',', '1,', '[1', '"a', '1,,2'):
+        with pytest.raises(UsageError): cli.read_values(bad, 'int')
+
+
+@pytest.mark.parametrize('line, message', [('sweep gate', 'required: -g'), ('sweep gate -g x', 'name=value,value'), ('sweep gate -g x=1,b', "'b' is not int"),
+                                           ('sweep gate -g x=1 -p x=2', 'fixed value too'), ('sweep gate -g x=1 --workers 0', 'workers=0')])
+def test_bad_sweep_command_is_one_line(gated, capsys, line, message):
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and len(err.splitlines()) == 1 and message in err and not Path('runs').exists()
