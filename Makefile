@@ -18,13 +18,14 @@ endif
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help run lab app test docs export hooks clean
+.PHONY: help run lab app test test-ui docs export hooks clean
 
 help:
 	@echo 'make run      the first experiment: how much of the embedded model is needed? (ends with a report in runs/)'
 	@echo 'make lab      JupyterLab on the workbench notebook'
 	@echo 'make app      the same dashboards as a web page, without code (Voilà)'
-	@echo 'make test     every check: notebooks in step, ruff, mypy, every notebook, every test'
+	@echo 'make test     notebooks in step, ruff, mypy, every notebook, every test but those in a browser'
+	@echo 'make test-ui  the dashboards in JupyterLab and Voilà, in a real browser (wants a quiet machine)'
 	@echo 'make docs     the documentation site, in _docs/'
 	@echo 'make export   modules, README.md and clean notebooks from the notebooks'
 	@echo 'make hooks    git merges notebooks cell by cell, Jupyter saves them clean'
@@ -53,12 +54,17 @@ app: $(READY)
 
 test: $(READY)
 	$(NEED) test
-	@sh tools/browser.sh
 	@echo 'test: notebooks in step with modules, ruff, mypy, then every notebook and test, in parallel (the last line counts them)'
 	@$(PY) tools/sync.py check
 	@$(PY) -m ruff check -q $(wildcard tests tools benchmarks)
 	@$(PY) -m mypy sparse_workbench
-	@$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadgroup --ignore=tests/ui $(ARGS)
+
+test-ui: $(READY)
+	$(NEED) test
+	@sh tools/browser.sh
+	@echo 'test-ui: drives the dashboards in Chromium, one page after the other, since what is timed there needs a quiet machine'
+	@$(PY) -m pytest -q -p no:xdist tests/ui $(ARGS)
 
 docs: $(READY)
 	$(NEED) docs
