@@ -61,7 +61,8 @@ def test_the_fastest_right_kernel_is_put_in(table):
     for n, m in model.named_children():
         if not isinstance(m, SparseLinear): continue
         assert torch.equal(unpack(m.packed), plain[int(n)].weight) and (m.bias is None) == (plain[int(n)].bias is None)
-        assert min(m.values.shape[1:]) >= 16, 'a large block that leaves out as much'
+        kept = int((plain[int(n)].weight != 0).sum())
+        assert kept <= m.values.numel() <= 2 * kept, 'equal times decide by chance, but never for a block that stores more than twice as much'
     assert torch.allclose(model(x), right, atol=1e-5)
     t = told.total
     assert t['sparse'] == 3 and t['bytes'] < .2 * t['dense_bytes'] and t['ms'] > 0 and told.whole['error'] < 1e-5
