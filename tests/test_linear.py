@@ -108,6 +108,8 @@ def test_the_table():
         assert [choose('block', p.values, n).name for n in (0, 4, 5)] == ['few', 'few', 'block twin']
         assert choose('block', p.values.half(), 9).name == 'half'
         assert choose('block', torch.ones(1, 4, 4), 9).name == 'square'
+        register(twin)                                                           # again: stays where it was
+        assert choose('block', torch.ones(1, 4, 4), 9).name == 'square'
         register(Kernel('few', 'block', twin.forward, twin.grad_x, twin.grad_values, most=2))
         assert choose('block', p.values, 4).name == 'block twin' and sum(k.name == 'few' for k in KERNELS) == 1
     finally: KERNELS[:] = before

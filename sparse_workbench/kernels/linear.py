@@ -194,8 +194,9 @@ class Kernel:
 KERNELS: list[Kernel] = vars(OPS).setdefault('linear_kernels', [])
 
 def register(kernel: Kernel) -> None:
-    "Put a kernel on top of the table, in place of the one of this name."
-    KERNELS[:] = [k for k in KERNELS if k.name != kernel.name] + [kernel]
+    "Put a kernel on top of the table, or in the place of the one of this name."
+    at = next((i for i, k in enumerate(KERNELS) if k.name == kernel.name), len(KERNELS))
+    KERNELS[at:at + 1] = [kernel]
 
 def choose(format: str, # of the packed weight
            values: Tensor, # its values: they tell device, dtype and block size

@@ -150,23 +150,22 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     '=': lambda a, b: a == b, '!=': lambda a, b: a != b, '<': lambda a, b: a < b, '<=': lambda a, b: a <= b, '>': lambda a, b: a > b, '>=': lambda a, b: a >= b,
     '~': lambda a, b: re.search(str(b), cell_text(a), re.I) is not None}
 
-def holds(value: Any, op: str, asked: str) -> bool:
+def holds(value: Any, op: str, other: Any) -> bool:
     "Whether a fact fulfils a condition: numbers compare as numbers, all else as text."
-    other: Any = asked if op == '~' else read_yaml(asked)
     if value is None and other is not None: return False
     if not all(isinstance(x, (int, float)) for x in (value, other)) and op != '~' and not (op in '!=' and value == other):
         value, other = cell_text(value), cell_text(other)
     return COMPARE[op](value, other)
 
 # %% ../../nbs/api/84_board.ipynb #db9d63a0
-def conditions(where: str, facts: Iterable[str]) -> list[tuple[str, str, str]]: # (fact, comparison, value)
+def conditions(where: str, facts: Iterable[str]) -> list[tuple[str, str, Any]]: # (fact, comparison, value)
     "The conditions in a text; UsageError when one cannot be read."
     found, known = [], list(facts)
     for part in split_values(where.strip(' ,')) if where.strip(' ,') else []:
         m = re.fullmatch(r"\s*([\w.]+)\s*(<=|>=|!=|==|=|<|>|~)\s*(.+?)\s*", part)
         if not m: raise UsageError(f"{part!r} is no condition: write name = value, with = != < <= > >= or ~ (matches), and commas between")
         op, value = m[2].replace('==', '='), m[3].strip('"\'')
-        try: found.append((lookup(m[1], known), op, re.compile(value).pattern if op == '~' else value))
+        try: found.append((lookup(m[1], known), op, re.compile(value).pattern if op == '~' else read_yaml(value)))
         except re.error as e: raise UsageError(f'{part.strip()!r}: {value!r} is no regular expression: {e}') from e
     return found
 
