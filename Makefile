@@ -15,6 +15,12 @@ READY := $(VENV)/.ready
 NEED = @:
 endif
 
+# Importing PyTorch from source alone costs every kernel seconds: where nothing may lie beside the sources, compiled modules lie in .cache.
+ifdef PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/.cache/modules
+endif
+
 BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 
 .DEFAULT_GOAL := help
@@ -24,8 +30,8 @@ help:
 	@echo 'make run      the first experiment: how much of the embedded model is needed? (ends with a report in runs/)'
 	@echo 'make lab      JupyterLab on the workbench notebook'
 	@echo 'make app      the same dashboards as a web page, without code (Voilà)'
-	@echo 'make test     notebooks in step, ruff, mypy, every notebook, every test but those in a browser'
-	@echo 'make test-ui  the dashboards in JupyterLab and Voilà, in a real browser (wants a quiet machine)'
+	@echo 'make test     notebooks in step, ruff, mypy, every notebook, every test, also in a real browser'
+	@echo 'make test-ui  of these, the dashboards in JupyterLab and Voilà alone (wants a quiet machine)'
 	@echo 'make docs     the documentation site, in _docs/'
 	@echo 'make export   modules, README.md and clean notebooks from the notebooks'
 	@echo 'make hooks    git merges notebooks cell by cell, Jupyter saves them clean'
@@ -59,12 +65,23 @@ test: $(READY)
 	@$(PY) -m ruff check -q $(wildcard tests tools benchmarks)
 	@$(PY) -m mypy sparse_workbench
 	@$(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadgroup --ignore=tests/ui $(ARGS)
+ifndef ARGS
+	@$(MAKE) --no-print-directory test-ui
+endif
 
 test-ui: $(READY)
 	$(NEED) test
 	@sh tools/browser.sh
 	@echo 'test-ui: drives the dashboards in Chromium, one page after the other, since what is timed there needs a quiet machine'
+ifdef ARGS
 	@$(PY) -m pytest -q -p no:xdist tests/ui $(ARGS)
+else
+	@for f in $(wildcard tests/ui/test_*.py); do \
+	    $(PY) -m pytest -q -p no:xdist $$f && continue; \
+	    echo "test-ui: $$f once more, since a busy machine can upset a browser; what fails twice has failed"; \
+	    $(PY) -m pytest -q -p no:xdist $$f || exit; \
+	done
+endif
 
 docs: $(READY)
 	$(NEED) docs

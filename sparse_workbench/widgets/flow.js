@@ -325,16 +325,21 @@ function legend(box, scale, lut, look) {
 function render({ model, el }) {
   const root = make('div', 'swf', el), top = make('div', 'swf-legend', root), grid = make('div', 'swf-grid', root), empty = make('div', 'swf-empty', root)
   empty.textContent = 'No run is chosen: start one, load a file, or choose one in the menus.'
-  let hover = null, waiting = 0, shown = null, sent = 0, rest = {}
+  let hover = null, fresh = null, waiting = 0, shown = null, sent = 0, rest = {}
   const cache = {}
   const run = side => { const raw = model.get(side); if (cache[side]?.raw !== raw) cache[side] = { raw, run: unpack(raw) }; return cache[side].run }
-  const pinned = () => { const c = model.get('cursor'); return c && c.layer !== undefined ? c : null }
+  const pinned = () => { const c = fresh ?? model.get('cursor'); return c && c.layer !== undefined ? c : null }
   const cursor = () => hover || pinned()
 
-  const keep = c => {             // the kernel hears of a pinned cursor, at most ten times a second
-    model.set('cursor', c || {})
+  const tell = () => {            // until the kernel hears of it, a pinned cursor is this view's own: an answer to an earlier one cannot undo it
     clearTimeout(sent)
-    sent = setTimeout(() => model.save_changes(), 100)
+    if (fresh) { model.set('cursor', fresh); model.save_changes() }
+    fresh = null
+  }
+  const keep = c => {             // the kernel hears of it once the keys rest for a tenth of a second
+    fresh = c || {}
+    clearTimeout(sent)
+    sent = setTimeout(tell, 100)
   }
   const spot = (p, e) => {
     const r = p.over.getBoundingClientRect(), x = e.clientX - r.left, y = e.clientY - r.top
@@ -414,7 +419,7 @@ function render({ model, el }) {
   draw()
   return () => {
     for (const n of names) model.off(n, draw)
-    wide.disconnect(); dress.disconnect(); clearTimeout(sent); cancelAnimationFrame(waiting)
+    wide.disconnect(); dress.disconnect(); tell(); cancelAnimationFrame(waiting)
     for (const s of SIDES) for (const c of [panels[s].under, panels[s].over]) c.width = c.height = 0
   }
 }

@@ -142,6 +142,8 @@ class View {
     c.addEventListener("pointercancel", () => { this.drag = null; });
     c.addEventListener("pointerleave", () => { if (!this.drag) { this.hover = this.marked ?? null; this.changed(); } });
     c.addEventListener("pointermove", (e) => {
+      if (e.clientX === this.rest?.[0] && e.clientY === this.rest?.[1]) return;       // the page moved, not the mouse
+      this.rest = [e.clientX, e.clientY];
       const [px, py] = place(e);
       if (this.drag) this.move(this.drag[2] - (px - this.drag[0]) / this.at.s, this.drag[3] - (py - this.drag[1]) / this.at.s);
       else this.point(px, py);

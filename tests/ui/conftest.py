@@ -205,7 +205,16 @@ class Notebook:
             now = self.kernel(expression)
             if value(now) if callable(value) else now == value: return now
             if time.monotonic() > end: pytest.fail(f'{expression} stays {now!r}, not {value!r}', pytrace=False)
-            self.page.evaluate('() => new Promise(done => requestAnimationFrame(() => done()))')   # lets the page go on
+            self.frame()
+
+    def frame(self) -> None:
+        "Let the page go on for a frame."
+        self.page.evaluate('() => new Promise(done => requestAnimationFrame(() => done()))')
+
+    def counts(self, what: Any, n: int, text: str | None = None) -> None:
+        "Wait until the page holds so many elements: a selector (and a text in them), or a locator."
+        from playwright.sync_api import expect
+        expect(self.page.locator(what, has_text=text) if isinstance(what, str) else what).to_have_count(n, timeout=SECONDS * 1000)
 
     def shows(self, text: str, seconds: float = SECONDS) -> None:
         "Wait until a text is seen on the page."
@@ -241,6 +250,7 @@ class Notebook:
         act()
         while self.pixels(selector) == before:
             if time.monotonic() > end: pytest.fail(f'{selector} stays as it was', pytrace=False)
+            self.frame()
 
     def theme(self, dark: bool) -> None:
         "Switch JupyterLab's theme, and wait until it is there."

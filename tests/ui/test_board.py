@@ -84,8 +84,9 @@ def seen(nb):
 
 def test_all_runs_are_there(nb):
     rows(nb).nth(2).wait_for()
-    assert rows(nb).count() == 3 and 'failed: ValueError' in nb.page.locator('.sw-runs tr[data-status="failed"]').inner_text()
-    assert nb.page.locator('.sw-runs tbody svg polyline').count() == 4            # two quantities of two finished runs
+    nb.counts(rows(nb), 3)
+    nb.counts('.sw-runs tr[data-status="failed"]', 1, 'failed: ValueError')
+    nb.counts('.sw-runs tbody svg polyline', 4)            # two quantities of two finished runs
     assert nb.kernel('[board.error, len(board.shown)]') == [None, 3]
     nb.shot('board-first', '.sw-dashboard')
 
@@ -167,7 +168,7 @@ def test_ask_again_with_another_value(nb, place):
     nb.page.locator('.sw-good', has_text='done in').wait_for(timeout=LONG * 1000)
     nb.page.locator('.sw-runs tr[aria-current="true"]', has_text='3.5').wait_for()
     assert nb.kernel('[board.shelf.entries[board.state.current].facts["params.height"], board.asked.reply["status"], board.error]') == [3.5, 'done', None]
-    assert rows(nb).count() == 4
+    nb.counts(rows(nb), 4)
 
 
 def test_a_run_is_cancelled(nb, place):

@@ -153,11 +153,11 @@ def test_tokens(nb):
     nb.slide('sparsity', 'End', *['PageDown'] * 2)
     nb.until(IDLE)
     rows = card(nb, 'Tokens that lost most').locator('tbody tr')
-    assert rows.count() == 10
+    nb.counts(rows, 10)
     rises = [float(rows.nth(i).locator('td').first.inner_text()) for i in range(10)]
     assert rises == sorted(rises, reverse=True) and rises[0] > 1
     spans = nb.page.locator('.es-tokens span')
-    assert spans.count() == 64
+    nb.counts(spans, 64)
     titles = spans.evaluate_all("s => s.map(e => [e.title, e.style.background])")
     deep = max(titles[1:], key=lambda t: float(re.search(r'\(([+-][\d.]+)\)', t[0])[1]))
     assert 'nats' in deep[0] and 'the pruned model expects' in deep[0] and 'rgba(209, 113, 28' in deep[1]
@@ -269,7 +269,7 @@ def test_images(lab, data):
     page.until(IDLE)
     page.page.locator('.es-images figure img').first.wait_for()
     changed = page.kernel('int((board.study.looks[(None, 0.)].view.top != list(board.study.looks.values())[-1].view.top).sum())')
-    assert page.page.locator('.es-images figure').count() == min(24, changed)
+    page.counts('.es-images figure', min(24, changed))
     has(page.page.locator('.es-label'), 'accuracy (share of inputs)')
     page.shot('essential-images', '.es-root')
     page.close()

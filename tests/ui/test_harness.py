@@ -20,7 +20,7 @@ def nb(lab):
 
 
 def test_a_slider_draws_anew(nb, lab):
-    assert nb.page.locator('img.sw-picture').count() == 2      # two views of one widget
+    nb.counts('img.sw-picture', 2)      # two views of one widget
     nb.changes(lambda: nb.slide('size', 'ArrowRight'))
     nb.until('view.settings["size"]', 3)
     assert nb.pixels('img.sw-picture >> nth=0') == nb.pixels('img.sw-picture >> nth=1')

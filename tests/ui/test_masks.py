@@ -44,7 +44,7 @@ def test_sparsity_with_the_keyboard(nb):
     assert kept(nb) == round(.28 * 640 * 256) < before
     nb.page.locator('.sw-facts', has_text='72.00 % zeros').wait_for()
     nb.until("[n for n, (a, got) in part('tree').bars.items() if got is None]", [])       # counted in the background
-    assert nb.page.locator('.sw-item .sw-share', has_text='72.0 %').count() == 49
+    nb.counts('.sw-item .sw-share', 49, '72.0 %')
     nb.shot('masks-light', '.sw-dashboard')
 
 
@@ -66,11 +66,10 @@ def test_a_pattern_with_its_own_sparsity(nb):
     nb.choose('pattern', '2:4')
     nb.until("part('canvas').meta['group']", [1, 4])
     drawn(nb)
-    assert nb.labelled('sparsity').locator('.noUi-target[disabled]').count() == 1
+    nb.counts(nb.labelled('sparsity').locator('.noUi-target[disabled]'), 1)
     assert kept(nb) * 2 == 640 * 256
 
 
-@pytest.mark.xfail(reason='after quick key strokes the read-out may stay behind the cursor on a busy machine', strict=False)
 def test_down_to_one_weight(nb):
     canvas = nb.page.locator('.sw-canvas')
     box = canvas.bounding_box()
@@ -83,7 +82,7 @@ def test_down_to_one_weight(nb):
     nb.until("part('canvas').mode", 'weight')
     drawn(nb)
     row, col = nb.page.evaluate("() => document.querySelector('.sw-canvas').swAt()")
-    said = nb.page.locator('.sw-readout', has_text=re.compile(rf'out {row}\b.*in {col}\b')).inner_text()
+    said = nb.page.locator('.sw-readout', has_text=re.compile(rf'out {row}\D.*in {col}\D')).inner_text()
     at = nb.kernel(f"(lambda s, r: [float(s.weight[{row}, {col}]), 'kept' if s.weight.abs()[{row}, {col} // 4 * 4:{col} // 4 * 4 + 4].topk(2).indices.eq({col} % 4).any() else 'pruned'])(part('desk').scene.site, 0)")
     assert f'out {row}' in said and at[1] in said, (said, at)
     shown = re.search(r'weight\s+(\S+)', said)[1].replace('−', '-')
@@ -136,7 +135,7 @@ def test_filter_and_choose_layers(nb):
     for query, count in (('*.mlp.*', 21), ('re:.*q_proj', 7), ('Linear', 49), ('down', 7)):
         filter_.fill(query)
         nb.page.locator('.sw-count', has_text=f'{count} of 49 layers').wait_for()
-        assert nb.page.locator('.sw-item').count() == count
+        nb.counts('.sw-item', count)
     filter_.fill('re:(')
     nb.page.locator('.sw-count.sw-wrong', has_text='no regular expression').wait_for()
     filter_.fill('')

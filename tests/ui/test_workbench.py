@@ -25,7 +25,7 @@ def nb(lab):
 
 
 def test_four_dashboards_soon(nb):
-    assert nb.page.locator('.sw-dashboard').count() == BOARDS
+    nb.counts('.sw-dashboard', BOARDS)
     assert nb.kernel('[b.error for b in (masks, essential, flow, board)]') == [None] * BOARDS
     allowed = 15 * max(1, unit() / 2.5)
     assert nb.seconds <= allowed, f'{nb.seconds:.0f} s until four dashboards can be used; {allowed:.0f} s on this machine now'
