@@ -2,15 +2,15 @@
 
     python benchmarks/block.py                 on a CUDA machine: the Triton kernels; elsewhere, much smaller: the PyTorch twin
     python benchmarks/block.py --backward      also the gradients of x and of the stored values
+    python benchmarks/block.py --tokens 16 --name block_few       a part of it, in a file of its own
 """
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import header, median_seconds, save, show
+from common import collect, header, median_seconds, parser
 
-from sparse_workbench.kernels.linear import Packed, choose, pack, unpack
+from sparse_workbench.kernels.linear import KERNELS, Kernel, Packed, choose, pack, unpack
 
 if torch.cuda.is_available(): import sparse_workbench.kernels.hopper  # noqa: F401  registers the kernels, and those of Triton
 
@@ -43,14 +43,20 @@ def packed(sparsity: float, block: tuple[int, int], shape: tuple[int, int], devi
     return pack(torch.randn(shape, device=device, dtype=dtype), 'block', block, mask)
 
 
-def products(p: Packed, x: torch.Tensor, dy: torch.Tensor, backward: bool) -> dict[str, tuple[Callable, Callable, Callable | None]]:
-    "Product -> (ours, dense, torch BSR or None)."
-    k, w, exact = choose('block', p.values, len(x)), unpack(p), (p.values, p.index, p.shape)
+def ours(values: torch.Tensor, tokens: int) -> list[Kernel]:
+    "The kernel of the table for this weight; with few tokens the general one too, when another is chosen."
+    first = choose('block', values, tokens)
+    return [first, *(k for k in KERNELS if tokens <= 64 and k.name == 'block triton' and first.device == k.device and first is not k)]
+
+
+def products(p: Packed, x: torch.Tensor, dy: torch.Tensor, backward: bool) -> dict[str, dict[str, Callable]]:
+    "Product -> way -> call; 'dense' first, then ours, then the peer."
+    ks, w, exact = ours(p.values, len(x)), unpack(p), (p.values, p.index, p.shape)
     bsr = torch.sparse_bsr_tensor(p.index[0], p.index[1], p.values, p.shape, check_invariants=False)
-    out = {'forward': (lambda: k.forward(x, *exact, None), lambda: F.linear(x, w), lambda: F.linear(x, bsr))}
+    out = {'forward': {'dense': lambda: F.linear(x, w)} | {k.name: lambda k=k: k.forward(x, *exact, None) for k in ks} | {'torch BSR': lambda: F.linear(x, bsr)}}
     if backward:
-        out |= {'grad x': (lambda: k.grad_x(dy, *exact), lambda: dy @ w, None),
-                'grad values': (lambda: k.grad_values(dy, x, *exact), lambda: dy.t() @ x, None)}
+        out |= {'grad x': {'dense': lambda: dy @ w, ks[0].name: lambda: ks[0].grad_x(dy, *exact)},
+                'grad values': {'dense': lambda: dy.t() @ x, ks[0].name: lambda: ks[0].grad_values(dy, x, *exact)}}
     return out
 
 
@@ -79,46 +85,36 @@ def measure(tokens: int, block: tuple[int, int], sparsity: float, shape, device:
     case = dict(shape=f'{shape[0]}x{shape[1]}', tokens=tokens, block='{}x{}'.format(*block), sparsity=sparsity)
     best = limit(ps[0], tokens, *peak)
     for name in cases[0]:
-        exact, dense = reference(name, ps[0], x, dy), median_seconds([c[name][1] for c in cases], device)
+        exact, dense = reference(name, ps[0], x, dy), median_seconds([c[name]['dense'] for c in cases], device)
         rows.append(case | dict(product=name, way='dense', ms=dense * 1e3, right=True))
-        for way, i in (('ours', 0), ('torch BSR', 2)):
-            calls = [c[name][i] for c in cases]
-            if calls[0] is None: continue
-            row = case | dict(product=name, way=choose('block', ps[0].values, tokens).name if i == 0 else way)
-            try: ok = right(calls[0](), exact)  # type: ignore[misc]
+        for way in [w for w in cases[0][name] if w != 'dense']:
+            calls, row = [c[name][way] for c in cases], case | dict(product=name, way=way)
+            try: ok = right(calls[0](), exact)
             except (RuntimeError, NotImplementedError) as e:               # a peer may not know this type, size or device
-                if i == 0: raise
+                if way != 'torch BSR': raise
                 rows.append(row | dict(right=True, note=f'{type(e).__name__}: {e}'.splitlines()[0][:80]))
                 continue
             if not ok:
                 rows.append(row | dict(right=False))
                 continue
-            t = median_seconds(calls, device)  # type: ignore[arg-type]
+            t = median_seconds(calls, device)
             rows.append(row | dict(ms=t * 1e3, **{'faster than dense': dense / t, 'of the limit': best / t,
                                                   'TFLOP/s': 2 * tokens * ps[0].values.numel() / t / 1e12}, right=True))
     return rows
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--scale', type=int, help='divide the weight and the tokens by about this (default: 1 on CUDA, 16 elsewhere)')
+    p = parser(__doc__, 16)
     p.add_argument('--backward', action='store_true')
-    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
+    p.add_argument('--tokens', nargs='+', type=int, default=TOKENS)
     a = p.parse_args()
-    scale = a.scale or (1 if a.device == 'cuda' else 16)
     dtype = torch.bfloat16 if a.device == 'cuda' else torch.float32
-    shape = tuple(max(256, n // scale // 256 * 256) for n in SHAPE)
+    shape = tuple(max(256, n // a.scale // 256 * 256) for n in SHAPE)
     torch.manual_seed(0)
-    peak, rows = machine(a.device, dtype), []
-    for tokens in TOKENS:
-        for block in BLOCKS:
-            for sparsity in SPARSITIES:
-                rows += measure(max(16, tokens // scale), block, sparsity, shape, a.device, dtype, peak, a.backward)
+    peak = machine(a.device, dtype)
+    cases = (measure(max(16, n // a.scale), block, s, shape, a.device, dtype, peak, a.backward) for n in a.tokens for block in BLOCKS for s in SPARSITIES)
     head = header(a.device, dtype=str(dtype).removeprefix('torch.'), **{'matmul TFLOP/s': round(peak[0] / 1e12, 3), 'copy GB/s': round(peak[1] / 1e9, 1)})
-    show(rows, head)
-    save('block', rows, head, a.out, a.device)
-    if not all(r['right'] for r in rows): raise SystemExit('a product is wrong')
+    collect('block', cases, head, a)
 
 
 if __name__ == '__main__': main()

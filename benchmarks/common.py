@@ -1,10 +1,11 @@
-"What every benchmark shares: which machine this is, a clock, a table, a file."
+"What every benchmark shares: its arguments, which machine this is, a clock, a table, a file."
+import argparse
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,16 @@ import torch
 if torch.cuda.is_available(): import sparse_workbench.kernels.nm  # noqa: F401  registers the kernels
 
 RESULTS = Path(__file__).resolve().parent / 'results'
+
+
+def parser(doc: str | None, scale: int = 0) -> argparse.ArgumentParser: # scale: how much smaller everything is on a CPU, where that can be chosen
+    "What can be asked of every benchmark."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
+    p.add_argument('--name', help='of the JSON file (default: that of the benchmark)')
+    if scale: p.add_argument('--scale', type=int, default=1 if torch.cuda.is_available() else scale, help=f'divide every size by about this (default: 1 on CUDA, {scale} elsewhere)')
+    return p
 
 
 def device_name(device: str) -> str:
@@ -78,7 +89,12 @@ def show(rows: list[dict], head: dict) -> None:
     for line in text: print('  '.join(x.ljust(w) for x, w in zip(line, width)).rstrip())
 
 
-def save(name: str, rows: list[dict], head: dict, out: str | None, device: str, **more) -> Path:
+def line(row: dict) -> str:
+    "One row by itself."
+    return '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in row.items())
+
+
+def write(name: str, rows: list[dict], head: dict, out: str | None, device: str, **more) -> Path:
     "Write name_cpu.json or name_<gpu>.json, whole or not at all."
     folder = Path(out) if out else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,5 +102,24 @@ def save(name: str, rows: list[dict], head: dict, out: str | None, device: str, 
     part = path.with_suffix('.part')
     part.write_text(json.dumps(head | more | dict(rows=rows), indent=1) + '\n')
     os.replace(part, path)
+    return path
+
+
+def save(name: str, rows: list[dict], head: dict, out: str | None, device: str, **more) -> Path:
+    "Write the file, and say so."
+    path = write(name, rows, head, out, device, **more)
     print(f'wrote {path.name}')
     return path
+
+
+def collect(name: str, cases: Iterable[list[dict]], head: dict, a: argparse.Namespace, **more) -> list[dict]: # all rows
+    "Run case after case. Rows are printed and the file is written as they come, so that a run which is stopped leaves what it has; an error at the end if one is wrong."
+    rows, start, name = [], time.perf_counter(), a.name or name
+    for some in cases:
+        for r in some: print(line(r), flush=True)
+        rows += some
+        write(name, rows, head, a.out, a.device, **more, wall=round(time.perf_counter() - start, 1))
+    for part in dict.fromkeys(r.get('part') for r in rows): show([{k: v for k, v in r.items() if k != 'part'} for r in rows if r.get('part') == part], head)
+    print(f'wrote {name}, {time.perf_counter() - start:.0f} s')
+    if not all(r.get('right', True) for r in rows): raise SystemExit('a result is wrong')
+    return rows

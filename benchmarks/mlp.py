@@ -2,12 +2,12 @@
 
     python benchmarks/mlp.py                   on a CUDA machine; elsewhere, much smaller
 """
-import argparse
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from block import machine, packed
-from common import header, median_seconds, save, show
+from common import collect, header, median_seconds, parser
 from torch import nn
 
 from sparse_workbench.kernels.linear import SparseLinear, unpack
@@ -63,29 +63,24 @@ def case(width: int, inner: int, tokens: int, block: tuple[int, int], sparsity: 
     return rows
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--scale', type=int, help='divide widths and tokens by about this (default: 1 on CUDA, 32 elsewhere)')
-    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
-    a = p.parse_args()
-    scale, dtype = a.scale or (1 if a.device == 'cuda' else 32), torch.bfloat16 if a.device == 'cuda' else torch.float32
-    torch.manual_seed(0)
-    peak, rows = machine(a.device, dtype)[0], []
+def cases(scale: int, *how) -> Iterator[list[dict]]: # how: device, dtype, peak
+    "SwiGLU everywhere, GELU where it is very sparse; training steps at 90 %."
     for width, inner in SHAPES:
         for tokens in TOKENS:
             if tokens > 4096 and width < 8192: continue
             for block in BLOCKS:
                 for sparsity in SPARSITIES:
-                    for gated in (True, False):
-                        if not gated and sparsity < .9: continue
+                    for gated in (True, False) if sparsity >= .9 else (True,):
                         w, i, n = (max(256, m // scale // 256 * 256) for m in (width, inner, tokens))
-                        rows += case(w, i, n, block, sparsity, gated, a.device, dtype, peak, sparsity == .9 and tokens == 4096 and gated, 9)
-                        print(rows[-1], flush=True)
-    head = header(a.device, dtype=str(dtype).removeprefix('torch.'), **{'matmul TFLOP/s': round(peak / 1e12, 3)})
-    show(rows, head)
-    save('mlp', rows, head, a.out, a.device)
-    if not all(r['right'] for r in rows): raise SystemExit('a product is wrong')
+                        yield case(w, i, n, block, sparsity, gated, *how, sparsity == .9 and tokens == 4096 and gated, 9)
+
+
+def main() -> None:
+    a = parser(__doc__, 32).parse_args()
+    dtype = torch.bfloat16 if a.device == 'cuda' else torch.float32
+    torch.manual_seed(0)
+    peak = machine(a.device, dtype)[0]
+    collect('mlp', cases(a.scale, a.device, dtype, peak), header(a.device, dtype=str(dtype).removeprefix('torch.'), **{'matmul TFLOP/s': round(peak / 1e12, 3)}), a)
 
 
 if __name__ == '__main__': main()

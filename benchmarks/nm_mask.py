@@ -3,16 +3,14 @@
     python benchmarks/nm_mask.py                 on a CUDA machine: the Triton kernels; elsewhere: the PyTorch implementation
     python benchmarks/nm_mask.py --tune          also other launch sizes of the kernel
 """
-import argparse
-
 import torch
-from common import header, median_seconds, save, show
+from common import collect, header, median_seconds, parser
 
-from sparse_workbench.patterns import nm_keep
+from sparse_workbench.patterns import keep_top
 
 SHAPES = [(4096, 4096), (11008, 4096), (28672, 8192)]
 CASES = [(s, torch.bfloat16, 2, 4) for s in SHAPES] + [(SHAPES[1], torch.float32, 2, 4)] + \
-        [(SHAPES[2], torch.bfloat16, k, n) for k, n in ((1, 2), (4, 8), (8, 16), (3, 7))]
+        [(SHAPES[2], torch.bfloat16, k, n) for k, n in ((1, 2), (4, 8), (8, 16), (3, 7), (1, 32), (8, 256))]
 
 
 def by_topk(x: torch.Tensor, keep: int, of: int) -> torch.Tensor:
@@ -23,7 +21,7 @@ def by_topk(x: torch.Tensor, keep: int, of: int) -> torch.Tensor:
 
 def ways(device: str, keep: int, of: int) -> dict:
     "Name -> function of a weight, which gives its mask."
-    if device == 'cpu': return {'in PyTorch': lambda w: nm_keep(w.abs().view(-1, of), keep), 'topk and scatter': lambda w: by_topk(w.abs(), keep, of)}
+    if device == 'cpu': return {'in PyTorch': lambda w: keep_top(w.abs().view(-1, of), of - keep), 'topk and scatter': lambda w: by_topk(w.abs(), keep, of)}
     from sparse_workbench.kernels.nm import nm_keep_kernel, nm_mask_magnitude
     own = {'kernel': lambda s: nm_keep_kernel(s.view(-1, of), keep)}
     if 4096 % of == 0: own['kernel, from the weight'] = lambda w: nm_mask_magnitude(w, keep, of)
@@ -36,7 +34,7 @@ def right(name: str, mask: torch.Tensor, x: torch.Tensor, keep: int, of: int) ->
     if name.startswith('topk'): return bool((mask.sum(1) == keep).all())
     scores = x.abs() if name != 'kernel' else x
     step = 2**22
-    return all(torch.equal(mask[i:i + step].cpu(), nm_keep(scores.view(-1, of)[i:i + step].cpu(), keep)) for i in range(0, len(mask), step))
+    return all(torch.equal(mask[i:i + step].cpu(), keep_top(scores.view(-1, of)[i:i + step].cpu(), of - keep)) for i in range(0, len(mask), step))
 
 
 def measure(shape, dtype, keep, of, device, budget) -> list[dict]:
@@ -69,23 +67,12 @@ def tune(device: str) -> list[dict]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--scale', type=int, help='divide the rows of every matrix by this (default: 1 on CUDA, 16 elsewhere)')
+    p = parser(__doc__, 16)
     p.add_argument('--tune', action='store_true')
-    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
     a = p.parse_args()
-    scale = a.scale or (1 if a.device == 'cuda' else 16)
     torch.manual_seed(0)
-    rows = []
-    for (r, c), dtype, keep, of in CASES:
-        rows += measure((r // scale, c), dtype, keep, of, a.device, 2**30 if a.device == 'cuda' else 2**28)
-    head = header(a.device)
-    show(rows, head)
-    more = dict(tune=tune(a.device)) if a.tune and a.device == 'cuda' else {}
-    if more: show(more['tune'], dict(tune='kernel, from the weight, 28672x8192 bfloat16'))
-    save('nm_mask', rows, head, a.out, a.device, **more)
-    if not all(r['right'] for r in rows): raise SystemExit('a mask is wrong')
+    cases = (measure((r // a.scale, c), dtype, keep, of, a.device, 2**30 if a.device == 'cuda' else 2**28) for (r, c), dtype, keep, of in CASES)
+    collect('nm_mask', cases, header(a.device), a, **(dict(tune=tune(a.device)) if a.tune and a.device == 'cuda' else {}))
 
 
 if __name__ == '__main__': main()

@@ -1,14 +1,14 @@
 """Kernels that prune: the exact threshold of many weights, transposable N:M masks, the SparseGPT sweep; beside what torch has, in the same run.
 
     python benchmarks/pruning.py                   on a CUDA machine: the Triton kernels; elsewhere, smaller: the PyTorch implementations
-    python benchmarks/pruning.py --only sweep      threshold, prune, transposable or sweep alone; nothing is saved
+    python benchmarks/pruning.py --only sweep --name pruning_sweep      threshold, prune, transposable or sweep alone, in a file of its own
     python benchmarks/pruning.py --tune            launch sizes of the kernels; nothing is saved
 """
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from common import header, median_seconds, save, seconds, show, sync
+from common import collect, header, median_seconds, parser, seconds, show, sync
 from oneshot import WAYS, Peak, build, fill, linears, read_pass, right
 
 from sparse_workbench import patterns as P
@@ -32,20 +32,18 @@ def peak(f: Callable[[], object], device: str) -> float:
 
 # The threshold
 
-def thresholds(a: argparse.Namespace) -> list[dict]:
+def thresholds(a: argparse.Namespace) -> Iterator[dict]:
     "The k-th smallest magnitude of one matrix, and of all matrices of a decoder."
-    rows = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         one = [torch.empty(SHAPE[a.device], dtype=dtype, device=a.device).normal_(0, .02)]
         model = build(a.layers if dtype != torch.float32 else max(1, a.layers // 2), a.scale, dtype, a.device)
         with torch.no_grad(): fill(model)
         for what, xs in ((f'{one[0].size(0)}x{one[0].size(1)}', one), ('a decoder', [m.weight.detach() for m in linears(model)])):
-            for s in (.5, .9) if dtype == torch.bfloat16 else (.5,): rows += threshold_rows(what, xs, s, a.device)
+            for s in (.5, .9) if dtype == torch.bfloat16 else (.5,): yield from threshold_rows(what, xs, s, a.device)
         del one, model
-    return rows
 
 
-def threshold_rows(what: str, xs: list[torch.Tensor], sparsity: float, device: str) -> list[dict]:
+def threshold_rows(what: str, xs: list[torch.Tensor], sparsity: float, device: str) -> Iterator[dict]:
     n, size = sum(x.numel() for x in xs), xs[0].element_size()
     row = dict(weights=what, tensors=len(xs), million=n / 1e6, dtype=str(xs[0].dtype).removeprefix('torch.'), sparsity=sparsity)
     def read() -> None:
@@ -55,10 +53,10 @@ def threshold_rows(what: str, xs: list[torch.Tensor], sparsity: float, device: s
             'digit by digit': lambda: P.cut_magnitudes(xs, [0] * len(xs), [drop]),
             'sort': lambda: torch.cat([x.flatten().abs() for x in xs]).sort().values[drop].item()}
     base = median_seconds([read], device, 7)
-    rows = [row | dict(way='read', ms=base * 1e3, **{'of a read': 1., 'TB/s': n * size / base / 1e12}, right=True)]
+    yield row | dict(way='read', ms=base * 1e3, **{'of a read': 1., 'TB/s': n * size / base / 1e12}, right=True)
     if device == 'cuda':
         t = median_seconds([count_pass(xs, drop)], device, 7, graph=False)
-        rows.append(row | dict(way='the counting pass alone', ms=t * 1e3, **{'of a read': t / base, 'TB/s': n * size / t / 1e12}, right=True))
+        yield row | dict(way='the counting pass alone', ms=t * 1e3, **{'of a read': t / base, 'TB/s': n * size / t / 1e12}, right=True)
     value, ties = exact(xs, drop)
     for name, f in ways.items():
         if name == 'a ranking for each' and len(xs) == 1: continue
@@ -66,8 +64,7 @@ def threshold_rows(what: str, xs: list[torch.Tensor], sparsity: float, device: s
         good = got == value if name == 'sort' else (got[0][0].item(), int(got[1][0])) == (value, ties) if 'each' not in name else all(
             (v, t) == exact([x], d) for x, d, v, t in list(zip(xs, each, got[0].tolist(), got[1].tolist()))[:3])
         t = best(f, device, 3)
-        rows.append(row | dict(way=name, ms=t * 1e3, **{'of a read': t / base, 'TB/s': n * size / t / 1e12, 'extra GiB': peak(f, device)}, right=bool(good)))
-    return rows
+        yield row | dict(way=name, ms=t * 1e3, **{'of a read': t / base, 'TB/s': n * size / t / 1e12, 'extra GiB': peak(f, device)}, right=bool(good))
 
 
 def exact(xs: list[torch.Tensor], drop: int) -> tuple[float, int]:
@@ -93,9 +90,8 @@ def count_pass(xs: list[torch.Tensor], drop: int) -> Callable[[], object]:
 
 # Pruning whole
 
-def prunings(a: argparse.Namespace) -> list[dict]:
+def prunings(a: argparse.Namespace) -> Iterator[dict]:
     "`prune` on a decoder, beside torch.nn.utils.prune."
-    rows = []
     for name in ('ours, global', 'torch global_unstructured', 'sort', 'ours, uniform', 'torch l1_unstructured', 'topk', 'ours, 2:4'):
         kind, f = WAYS[name]
         model = build(a.layers, a.scale, torch.bfloat16, a.device)
@@ -109,23 +105,21 @@ def prunings(a: argparse.Namespace) -> list[dict]:
             fill(model)
             extra, base = peak(lambda: f(model), a.device), read_pass(model, a.device)
             zeros, good = right(model, kind)
-        rows.append(dict(weights='a decoder', million=sum(p.numel() for p in model.parameters()) / 1e6, dtype='bfloat16', way=name, ms=min(times) * 1e3,
-                         **{'of a read': min(times) / base, 'extra GiB': extra}, zeros=zeros, right=good))
-    return rows
+        yield dict(weights='a decoder', million=sum(p.numel() for p in model.parameters()) / 1e6, dtype='bfloat16', way=name, ms=min(times) * 1e3,
+                   **{'of a read': min(times) / base, 'extra GiB': extra}, zeros=zeros, right=good)
 
 
 # Transposable masks
 
-def transposables(a: argparse.Namespace) -> list[dict]:
+def transposables(a: argparse.Namespace) -> Iterator[dict]:
     "Masks of squares, with what they keep against the exact optimum of some of them."
-    rows = []
     cases = [((11008, 4096), 2, 4), ((28672, 8192), 2, 4), ((11008, 4096), 4, 8), ((11008, 4096), 2, 8), ((11008, 4096), 8, 16), ((11008, 4096), 16, 32), ((11040, 4128), 6, 12)]
     for (r, c), keep, of in cases:
         if a.device == 'cpu': r, c = of * 16, of * 16
         xs = [torch.randn(r, c, dtype=torch.bfloat16, device=a.device) for _ in range(4)]
         row, out = dict(shape=f'{r}x{c}', pattern=f'{keep}:{of} both'), torch.empty_like(xs[0])
         copy = median_seconds([lambda x=x: out.copy_(x) for x in xs], a.device)
-        rows.append(row | dict(way='copy', ms=copy * 1e3, **{'of a copy': 1.}, right=True))
+        yield row | dict(way='copy', ms=copy * 1e3, **{'of a copy': 1.}, right=True)
         scores = xs[0].abs().view(r // of, of, c // of, of).transpose(1, 2).reshape(-1, of, of)
         few = [xs[0]] if of > 4 else xs
         ways: dict[str, list[Callable]] = {'in PyTorch': [lambda: P.best_squares(scores, keep)]}
@@ -139,8 +133,7 @@ def transposables(a: argparse.Namespace) -> list[dict]:
             mask = tiled(got, of) if name.startswith('kernel, ') else got if not name.startswith('torch') else None
             t = median_seconds(calls, a.device, 1 if name == 'in PyTorch' else 5, graph=name.startswith('kernel'))
             more = quality(scores, mask, keep, most) if mask is not None else dict(right=True)
-            rows.append(row | dict(way=name, ms=t * 1e3, **{'of a copy': t / copy}, **more))
-    return rows
+            yield row | dict(way=name, ms=t * 1e3, **{'of a copy': t / copy}, **more)
 
 
 def tiled(mask: torch.Tensor, of: int) -> torch.Tensor:
@@ -195,9 +188,8 @@ def published(weight: torch.Tensor, root: Root, sparsity: float, keep: int = 0, 
     return w
 
 
-def sweeps(a: argparse.Namespace) -> list[dict]:
+def sweeps(a: argparse.Namespace) -> Iterator[dict]:
     "One layer, three patterns."
-    rows = []
     for out, inp in ((4096, 4096), (11008, 4096), (4096, 11008)) if a.device == 'cuda' else ((256, 512),):
         torch.manual_seed(0)
         x = torch.randn(2 * inp, inp, device=a.device) * torch.rand(inp, device=a.device).add(.1)
@@ -210,16 +202,16 @@ def sweeps(a: argparse.Namespace) -> list[dict]:
         products = median_seconds([lambda: [w[:, i + 128:].addmm_(e, root.u[i:i + 128, i + 128:], alpha=-0.) for i in range(0, inp - 128, 128)]], a.device, 3, graph=False)
         for name, p, s, keep, of in (('unstructured', unstructured(), .5, 0, 0), ('2:4', nm(2, 4), None, 2, 4), ('4:8', nm(4, 8), None, 4, 8)):
             row = dict(shape=f'{out}x{inp}', pattern=name)
-            theirs = published(w, root, .5, keep, of)
-            t = best(lambda: published(w, root, .5, keep, of), a.device, 1)
-            rows.append(row | dict(way='column by column', ms=t * 1e3, loss=loss(theirs, w, x), right=True))
+            kept: list[torch.Tensor] = []
+            t = best(lambda: kept.append(published(w, root, .5, keep, of)), a.device, 1)
+            theirs, reference = kept[-1], loss(kept[-1], w, x)
+            yield row | dict(way='column by column', ms=t * 1e3, loss=reference, right=True)
             ours, mask = sweep(w, root, p, s)
-            good = bool(((ours == 0) | mask).all()) and int((~mask).sum()) == w.numel() // 2 and loss(ours, w, x) < 1.002 * rows[-1]['loss']
+            good = bool(((ours == 0) | mask).all()) and int((~mask).sum()) == w.numel() // 2 and loss(ours, w, x) < 1.002 * reference
             mine = best(lambda: sweep(w, root, p, s), a.device, 3)
-            rows.append(row | dict(way='sweep', ms=mine * 1e3, speedup=t / mine, loss=loss(ours, w, x), **{'same zeros, %': 100 * float(((ours == 0) == (theirs == 0)).float().mean())}, right=good))
-            rows.append(row | dict(way='its matrix products alone', ms=products * 1e3, right=True))
-        rows.append(dict(shape=f'{inp}x{inp}', pattern='', way='inverse root of the Hessian', ms=factor * 1e3, right=True))
-    return rows
+            yield row | dict(way='sweep', ms=mine * 1e3, speedup=t / mine, loss=loss(ours, w, x), **{'same zeros, %': 100 * float(((ours == 0) == (theirs == 0)).float().mean())}, right=good)
+            yield row | dict(way='its matrix products alone', ms=products * 1e3, right=True)
+        yield dict(shape=f'{inp}x{inp}', pattern='', way='inverse root of the Hessian', ms=factor * 1e3, right=True)
 
 
 def loss(v: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> float:
@@ -256,28 +248,25 @@ def tune(a: argparse.Namespace) -> list[dict]:
 PARTS = dict(threshold=thresholds, prune=prunings, transposable=transposables, sweep=sweeps)
 
 
+def part(name: str, a: argparse.Namespace) -> Iterator[list[dict]]:
+    "The rows of one part, one at a time."
+    sync(a.device)
+    if a.device == 'cuda': torch.cuda.empty_cache()
+    for row in PARTS[name](a): yield [dict(part=name) | row]
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p = parser(__doc__)
     p.add_argument('--layers', type=int, help='of the decoder (default: 16 on CUDA, which is 973 million weights; 1 elsewhere)')
     p.add_argument('--scale', type=int, help='divide both sides of its weights by this (default: 1 on CUDA, 8 elsewhere)')
-    p.add_argument('--only', choices=PARTS, help='one part; nothing is saved')
+    p.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), help='some parts; give their file a --name')
     p.add_argument('--tune', action='store_true')
-    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
     a = p.parse_args()
+    if a.only != list(PARTS) and not a.name and not a.out: raise SystemExit('a part alone would take the place of the whole: give --name, such as --name pruning_sweep, or --out')
     a.layers, a.scale = a.layers or (16 if a.device == 'cuda' else 1), a.scale or (1 if a.device == 'cuda' else 8)
     torch.manual_seed(0)
-    head, rows = header(a.device), []
-    if a.tune: return show(tune(a), head)
-    for name, part in PARTS.items():
-        if a.only not in (None, name): continue
-        sync(a.device)
-        rows += [dict(part=name) | r for r in part(a)]
-        show([{k: v for k, v in r.items() if k != 'part'} for r in rows if r['part'] == name], head)
-        print(flush=True)
-        if a.device == 'cuda': torch.cuda.empty_cache()
-    if not a.only: save('pruning', rows, head, a.out, a.device)
-    if not all(r['right'] for r in rows): raise SystemExit('a result is wrong')
+    if a.tune: show(tune(a), header(a.device))
+    else: collect('pruning', (rows for name in a.only for rows in part(name, a)), header(a.device), a)
 
 
 if __name__ == '__main__': main()

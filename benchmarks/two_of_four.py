@@ -2,12 +2,11 @@
 
     python benchmarks/two_of_four.py           on a CUDA machine with cuSPARSELt
 """
-import argparse
 import time
 
 import torch
 import torch.nn.functional as F
-from common import header, median_seconds, save, show
+from common import collect, header, median_seconds, parser
 
 from sparse_workbench.kernels.linear import sparse_linear, unpack
 from sparse_workbench.kernels.semi_structured import converted, prune_pack
@@ -58,16 +57,11 @@ def packing(shape: tuple[int, int]) -> list[dict]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
-    a = p.parse_args()
+    a = parser(__doc__).parse_args()
     if not (torch.cuda.is_available() and torch.backends.cusparselt.is_available()): raise SystemExit('needs a GPU and a PyTorch that was built with cuSPARSELt')
     torch.manual_seed(0)
-    rows = [r for s in ((11008, 4096), (28672, 8192)) for r in packing(s)] + [product(s, n) for s in SHAPES for n in TOKENS]
-    head = header('cuda', dtype='bfloat16', cuSPARSELt=torch.backends.cusparselt.version())
-    show(rows, head)
-    save('two_of_four', rows, head, a.out, 'cuda')
-    if not all(r['right'] for r in rows): raise SystemExit('a product is wrong')
+    cases = [lambda s=s: packing(s) for s in ((11008, 4096), (28672, 8192))] + [lambda s=s, n=n: [product(s, n)] for s in SHAPES for n in TOKENS]
+    collect('two_of_four', (case() for case in cases), header('cuda', dtype='bfloat16', cuSPARSELt=torch.backends.cusparselt.version()), a)
 
 
 if __name__ == '__main__': main()

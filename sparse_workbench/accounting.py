@@ -25,6 +25,7 @@ def positions(module: nn.Module, out: Any) -> int:
     width = getattr(module, 'out_channels', None) or getattr(module, 'out_features', None) or getattr(module, 'nf')
     return next(tensors(out)).numel() // width
 
+# %% ../nbs/api/63_account.ipynb #3524f3b9
 def uses(model: nn.Module, sites: Iterable[Site], batch: Any) -> dict[str, int]: # by name; over all names of a tied weight
     "Run the model once and count the positions of every site; a site that is not called is left out."
     n: dict[str, int] = {}
@@ -38,13 +39,14 @@ def uses(model: nn.Module, sites: Iterable[Site], batch: Any) -> dict[str, int]:
         call(model, batch)
     return n
 
+# %% ../nbs/api/63_account.ipynb #074f3050
 def operations(model: nn.Module, batch: Any) -> int:
     "All floating point operations of one forward pass that torch counts: matrix products, convolutions, attention."
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, torch.no_grad(), evaluating(model): call(model, batch)
     return counter.get_total_flops()
 
-# %% ../nbs/api/63_account.ipynb #3524f3b9
+# %% ../nbs/api/63_account.ipynb #6c25a32e
 def index_bytes(n: int) -> int:
     "Bytes of an integer below n that hardware reads: 1, 2 or 4."
     return 1 if n <= 2**8 else 2 if n <= 2**16 else 4
@@ -58,6 +60,7 @@ def kept_blocks(w: Tensor, size: int) -> int | None: # None when the size does n
     if w.ndim != 2 or w.shape[0] % size or w.shape[1] % size: return None
     return int((block(size).fold((w != 0).float()) > 0).sum())
 
+# %% ../nbs/api/63_account.ipynb #f61dfd35
 def formats(site: Site, kept: int) -> dict[str, int]: # bytes by format
     "What the weight takes in every format that fits it."
     w, n, e = site.weight, site.numel, site.weight.element_size()
@@ -69,7 +72,7 @@ def formats(site: Site, kept: int) -> dict[str, int]: # bytes by format
         if (b := kept_blocks(w, size)) is not None: out[f'block{size}'] = b * (size * size * e + index_bytes(cols // size)) + (rows // size + 1) * 4
     return out
 
-# %% ../nbs/api/63_account.ipynb #3ca13021
+# %% ../nbs/api/63_account.ipynb #b26f4d29
 @dataclass
 class Account:
     "Costs of every prunable weight: one row each, `.total`, a table in notebooks, `.to_frame()`."
@@ -93,7 +96,7 @@ class Account:
         frame = self.to_frame()
         return frame.dropna(axis=1, how='all').to_html(max_rows=40, border=0, float_format=lambda x: f'{x:,.0f}', na_rep='') + f'<p>{self!r}</p>'
 
-# %% ../nbs/api/63_account.ipynb #8d36d921
+# %% ../nbs/api/63_account.ipynb #616b24fd
 def account(model: nn.Module, # any model; unchanged
             example_input: Any = None, # a batch that the model takes; without one no work is counted
             sites: Sites | None = None, # default: every prunable weight but output heads

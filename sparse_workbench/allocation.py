@@ -44,6 +44,7 @@ def by_density(sites: Sequence[Site], sparsity: float, raw: Callable[[Site], flo
         dense |= {s.name for s in rest if raw(s) == top}
     return apportion(sites, {s.name: 0. if s.name in dense else 1 - eps * raw(s) for s in sites}, sparsity)
 
+# %% ../nbs/api/13_allocation.ipynb #aa10da44
 def er(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float) -> dict[str, float]:
     "Erdős–Rényi: density in proportion to (in + out) / (in · out)."
     return by_density(sites, sparsity, lambda s: sum(whole_shape(s)[:2]) / whole_shape(s)[:2].numel())
@@ -52,7 +53,7 @@ def erk(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float) 
     "Erdős–Rényi–kernel: density in proportion to Σ sides / Π sides."
     return by_density(sites, sparsity, lambda s: sum(whole_shape(s)) / weights(s))
 
-# %% ../nbs/api/13_allocation.ipynb #e052dc1f
+# %% ../nbs/api/13_allocation.ipynb #654e33dd
 def apportion(sites: Sequence[Site], ratios: dict[str, float], # sparsities, not yet whole numbers of weights
               sparsity: float) -> dict[str, float]: # the same, as whole numbers of weights that add up to round(sparsity · total)
     "Round sparsities to whole weights by largest remainders, exact in total."
@@ -64,7 +65,7 @@ def apportion(sites: Sequence[Site], ratios: dict[str, float], # sparsities, not
     for n in order[:max(0, left)]: drop[n] = min(room[n], drop[n] + 1)
     return {s.name: drop[s.name] / max(1, weights(s)) for s in sites}
 
-# %% ../nbs/api/13_allocation.ipynb #59b91e02
+# %% ../nbs/api/13_allocation.ipynb #015a2734
 def with_ends(sites: Sequence[Site], sparsity: float, ends: Mapping[str, float], # sparsity of the layers that are spared, by name
               rest: Callable[[Sequence[Site], float], dict[str, float]]) -> dict[str, float]:
     "Fixed sparsities for some layers; the others together lose what is missing."
@@ -76,6 +77,7 @@ def with_ends(sites: Sequence[Site], sparsity: float, ends: Mapping[str, float],
                          f"lower the sparsity, or use allocate=erk")
     return apportion(sites, {**ends, **rest(others, 1 - (want - held) / max(1, n))}, sparsity)
 
+# %% ../nbs/api/13_allocation.ipynb #393913f6
 def uniform_plus(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float) -> dict[str, float]:
     "The first layer dense, the last at most 0.8 sparse, the same for all others."
     ends = {sites[-1].name: min(sparsity, .8), sites[0].name: 0.}
@@ -85,7 +87,7 @@ def erk_plus(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: fl
     "The last layer dense, ERK for all others."
     return with_ends(sites, sparsity, {sites[-1].name: 0.}, lambda ss, x: erk(ss, pattern, score, x))
 
-# %% ../nbs/api/13_allocation.ipynb #015a2734
+# %% ../nbs/api/13_allocation.ipynb #4ca11de3
 class Ranking(dict):
     "Sparsity by name, and in `.cuts` where the global threshold lies in each site: its value, and how many equal to it stay."
     cuts: dict[str, tuple[float, int]]
@@ -96,6 +98,7 @@ def tiling(s: Site, p: Pattern) -> tuple[int, int]:
     kernel = s.numel // max(1, s.shape[0] * s.shape[1])
     return g.nr * g.k * g.nc, g.r * g.c * (kernel if p.layout == 'kernel' else 1)
 
+# %% ../nbs/api/13_allocation.ipynb #97c2bc5f
 def score_dtype(sites: Sequence[Site], p: Pattern, score: Score) -> torch.dtype:
     "A dtype that holds every score exactly."
     ds = [score(next(slabs(s, weights=1))).dtype if getattr(score, 'rowwise', False) else torch.float32 for s in sites]
@@ -109,7 +112,7 @@ def standing(chunks: Iterable[Tensor], value: float) -> tuple[int, int]: # how m
     for x in chunks: below, on = below + count(torch.lt, x, value), on + count(torch.eq, x, value)
     return below, on
 
-# %% ../nbs/api/13_allocation.ipynb #72d53d7c
+# %% ../nbs/api/13_allocation.ipynb #b7e3fece
 def ranking(sites: Sequence[Site], pattern: Pattern, score: Score, drop: int, # weights that go
             sizes: Mapping[str, int], # weights in a tile, by name of the site
             wide: torch.dtype, # in which scores are compared
@@ -123,7 +126,7 @@ def ranking(sites: Sequence[Site], pattern: Pattern, score: Score, drop: int, # 
     cut = threshold(lambda: ((x, sizes[s.name]) for s in sites for x in means(s)), drop)
     return cut, [standing(means(s), cut.value) for s in sites]
 
-# %% ../nbs/api/13_allocation.ipynb #e9cad248
+# %% ../nbs/api/13_allocation.ipynb #75d04dc0
 def global_(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float) -> dict[str, float]:
     "One ranking over all sites: the least important tiles of the whole model go, wherever they are."
     if pattern.fixed: raise ValueError(f"{pattern!r} holds the same share everywhere, so there is nothing to rank globally: use allocate=uniform")
@@ -146,7 +149,7 @@ def global_(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: flo
         if size == 1 and pattern.group == (-1, -1) and s.weight.dtype == wide: out.cuts[s.name] = value, stay
     return out
 
-# %% ../nbs/api/13_allocation.ipynb #4ca11de3
+# %% ../nbs/api/13_allocation.ipynb #efafc64e
 def lamp_score(score: Score) -> Score: # the same criterion, as LAMP compares it across layers
     "score² divided by the sum of score² over all weights of the site that are no smaller (LAMP, eq. 3)."
     def lamp(site: Site) -> Tensor:
@@ -160,7 +163,7 @@ def lamp(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float)
     "A global ranking by LAMP scores."
     return dict(global_(sites, pattern, lamp_score(score), sparsity))
 
-# %% ../nbs/api/13_allocation.ipynb #ea1f892f
+# %% ../nbs/api/13_allocation.ipynb #f5ee80ed
 def borrow(score: Score, # the criterion that decides how much, not which
            allocate: Allocate = global_) -> Allocate:
     "Sparsities that another criterion would give; `allocate=borrow(saliency)` with random masks is random pruning with SNIP ratios."
@@ -168,7 +171,7 @@ def borrow(score: Score, # the criterion that decides how much, not which
     borrowed.needs, borrowed.__name__ = getattr(score, 'needs', ()), f"borrow({getattr(score, '__name__', 'score')})" # type: ignore[attr-defined]
     return borrowed
 
-# %% ../nbs/api/13_allocation.ipynb #a20f7abf
+# %% ../nbs/api/13_allocation.ipynb #dd3df874
 def block_of(name: str) -> str: # 'model.layers.3.mlp.up_proj.weight' -> 'model.layers.3'
     "The block that a site belongs to: its name up to the first number; the name itself when there is none."
     return m[0] if (m := re.match(r'(?:[^.]+\.)*?\d+(?=\.)', name)) else name
@@ -182,7 +185,7 @@ def shifted(sites: Sequence[Site], ratios: dict[str, float], sparsity: float) ->
         else: hi = mid
     return apportion(sites, {n: min(1., max(0., r + hi)) for n, r in ratios.items()}, sparsity)
 
-# %% ../nbs/api/13_allocation.ipynb #75d04dc0
+# %% ../nbs/api/13_allocation.ipynb #825897e1
 def owl_ratios(outliers: Mapping[str, float], # by block: percent of outliers
                sparsity: float, spread: float = .08) -> dict[str, float]: # by block: sparsity, within ± 2·spread of the target
     "Blocks with more outliers keep more (OWL, eq. 2): the widest difference is 2·spread, the mean is the target."
@@ -190,6 +193,7 @@ def owl_ratios(outliers: Mapping[str, float], # by block: percent of outliers
     d = {b: (x - lo) / (hi - lo) * 2 * spread if hi > lo else 0. for b, x in outliers.items()}
     return {b: sparsity - (x - sum(d.values()) / len(d)) for b, x in d.items()}
 
+# %% ../nbs/api/13_allocation.ipynb #9fcf0e81
 def owl(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float, *,
         outlier: float = 5., # how many times the block's mean makes an outlier (M)
         spread: float = .08, # half of the largest difference between blocks (λ)
@@ -207,7 +211,7 @@ def owl(sites: Sequence[Site], pattern: Pattern, score: Score, sparsity: float, 
     return shifted(sites, {s.name: ratios.get(block_of(s.name), sparsity) for s in sites}, sparsity)
 owl.needs = ('in_norm',) # type: ignore[attr-defined]
 
-# %% ../nbs/api/13_allocation.ipynb #458e75dd
+# %% ../nbs/api/13_allocation.ipynb #9f069052
 def redistribute(fraction: Callable[[int], float], # share that every layer drops, by step
                  score: Score = momentum) -> Allocate:
     "Dropped weights go where the mean `score` of the kept is large. Needs `site.mask`, `site.step` and the optimizer's state; uniform before there are any."
@@ -223,6 +227,7 @@ def redistribute(fraction: Callable[[int], float], # share that every layer drop
         return shifted(sites, {s.name: 1 - float(x) for s, x in zip(sites, (stay + grow) / size)}, sparsity)
     return moved
 
+# %% ../nbs/api/13_allocation.ipynb #51bb98ef
 def shares(weight: Tensor, cap: Tensor, total: float) -> Tensor: # double, adds up to `total` when the caps allow it
     "Divide `total` in proportion to `weight`; what is above a cap is handed on."
     out = torch.zeros_like(cap)
@@ -234,7 +239,7 @@ def shares(weight: Tensor, cap: Tensor, total: float) -> Tensor: # double, adds 
         out = new
     return out
 
-# %% ../nbs/api/13_allocation.ipynb #c620111e
+# %% ../nbs/api/13_allocation.ipynb #2ecbba6e
 def explicit(table: Mapping[Any, float] # name, glob, 're:…' or type -> sparsity; the first match counts
              ) -> Allocate:
     "Sparsity from a table. ValueError for a site without an entry and for an entry without a site."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_yaml', 'read_value', 'read_params', 'split_values', 'read_values', 'column_text', 'text_table', 'answer_text',
            'experiment_text', 'list_command', 'run_command', 'result_row', 'results_command', 'sweep_text', 'follow',
-           'sweep_command', 'OneLine', 'add_sweep', 'parser', 'say', 'main']
+           'sweep_command', 'OneLine', 'add_answering', 'add_sweep', 'parser', 'say', 'main']
 
 # %% ../nbs/api/72_cli.ipynb #6fedc1be
 import argparse
@@ -32,6 +32,7 @@ def read_yaml(text: str) -> Any:
     try: return yaml.load(text, Loader=Loader)
     except yaml.YAMLError: return text
 
+# %% ../nbs/api/72_cli.ipynb #94939637
 def read_value(text: str, # behind the '='
                kind: str, # type of the parameter
                ) -> Any: # the first reading of the text that has the type; the YAML value when none has
@@ -43,7 +44,7 @@ def read_value(text: str, # behind the '='
         except (TypeError, ValueError): pass
     return value
 
-# %% ../nbs/api/72_cli.ipynb #94939637
+# %% ../nbs/api/72_cli.ipynb #fa0577e5
 def read_params(notebook: str, # name or path
                 pairs: Sequence[str], # 'key=value'
                 ) -> dict[str, Any]: # values by name; run() checks them
@@ -58,7 +59,7 @@ def read_params(notebook: str, # name or path
         values[name] = read_value(text, kinds.get(name, 'Any'))
     return values
 
-# %% ../nbs/api/72_cli.ipynb #db571c60
+# %% ../nbs/api/72_cli.ipynb #e3a4ec19
 def split_values(text: str # 'a,b', '[1, 2],[3]', '"a,b",c'
                  ) -> list[str]: # the values, without the quotes around them
     "Splits at the commas outside of brackets and quotes; UsageError when one of those stays open, or nothing stands between two commas."
@@ -75,13 +76,14 @@ def split_values(text: str # 'a,b', '[1, 2],[3]', '"a,b",c'
     if '' in parts: raise UsageError(f'{text!r}: a value is missing (an empty text is "")')
     return [p[1:-1] if len(p) > 1 and p[0] == p[-1] and p[0] in '"\'' else p for p in parts]
 
+# %% ../nbs/api/72_cli.ipynb #d29a0f2c
 def read_values(text: str, # values with commas between them
                 kind: str, # type of the parameter
                 ) -> list: # one for each
     "The values of a grid."
     return [read_value(p, kind) for p in split_values(text)]
 
-# %% ../nbs/api/72_cli.ipynb #9277aad5
+# %% ../nbs/api/72_cli.ipynb #d2567d7c
 def column_text(name: str, # heading
                 values: list, # one for each row; None is missing
                 ) -> list[str]: # heading and cells of one width
@@ -94,6 +96,7 @@ def column_text(name: str, # heading
     width = max(map(len, cells))
     return [t.rjust(width) if number else t.ljust(width) for t in cells]
 
+# %% ../nbs/api/72_cli.ipynb #a96d0185
 def text_table(rows: list[dict] # flat rows
                ) -> str: # aligned columns; a dot for what is missing
     "A table for the terminal."
@@ -101,7 +104,7 @@ def text_table(rows: list[dict] # flat rows
     columns = [column_text(name, [row.get(name) for row in rows]) for name in names]
     return '\n'.join('  '.join(line).rstrip() for line in zip(*columns, strict=True))
 
-# %% ../nbs/api/72_cli.ipynb #e3a4ec19
+# %% ../nbs/api/72_cli.ipynb #9cda59b9
 def answer_text(r: Run) -> str:
     "What `sparse-workbench run` prints."
     table, summary = r.result.get('table'), r.result.get('summary')
@@ -111,13 +114,14 @@ def answer_text(r: Run) -> str:
     if summary: lines += ['', *map(str, summary if isinstance(summary, list) else [summary])]
     return '\n'.join(lines)
 
+# %% ../nbs/api/72_cli.ipynb #04d324fc
 def experiment_text(path: Path) -> str:
     "Name, what it asks, and its parameters."
     title, subtitle = heading(read_notebook(path))
     rows = [dict(name=f'  {p.name}', kind=p.kind, default=repr(p.default), help=p.help) for p in parameters(path).values()]
     return '\n'.join([f'{path.stem}: {subtitle or title or "no title"}', *text_table(rows).splitlines()[1:]])
 
-# %% ../nbs/api/72_cli.ipynb #a26b5211
+# %% ../nbs/api/72_cli.ipynb #33e81625
 def list_command(args: argparse.Namespace) -> None:
     "Shows experiments and what they can be asked."
     paths = [find(args.notebook)] if args.notebook else list(experiments().values())
@@ -128,11 +132,13 @@ def list_command(args: argparse.Namespace) -> None:
             if args.notebook: raise
             print(f'sparse-workbench: {e}', file=sys.stderr)
 
+# %% ../nbs/api/72_cli.ipynb #e01d5fe4
 def run_command(args: argparse.Namespace) -> None:
     "Answers a question."
     params = read_params(args.notebook, args.param)
     print(answer_text(run(args.notebook, store=args.store, force=args.force, progress=not args.quiet, **params)))
 
+# %% ../nbs/api/72_cli.ipynb #545fb800
 def result_row(r: Run) -> dict[str, Any]:
     "What was asked and what came out, short."
     when = dict(id=r.id, started=r.environment['started'][:16], seconds=r.environment['seconds'])
@@ -140,6 +146,7 @@ def result_row(r: Run) -> dict[str, Any]:
     row |= {f'result.{k}' if k in row else k: v for k, v in r.scalars.items()}
     return {k: cell_text(v) if isinstance(v, list) else v for k, v in row.items()}
 
+# %% ../nbs/api/72_cli.ipynb #f57acb72
 def results_command(args: argparse.Namespace) -> None:
     "The table of a store."
     if args.csv: sys.stdout.write(results(args.store).to_csv(index=False)); return
@@ -148,7 +155,7 @@ def results_command(args: argparse.Namespace) -> None:
         print(f"{name}\n{text_table([result_row(r) for r in runs if r.name == name])}\n")
     print(f"{len(runs)} finished, {len(failed(args.store))} failed in {shown(Path(args.store).absolute())}", file=sys.stderr)
 
-# %% ../nbs/api/72_cli.ipynb #fa3cf7d8
+# %% ../nbs/api/72_cli.ipynb #9d41f82a
 def sweep_text(s: Sweep) -> str:
     "One line on how far a sweep is."
     n, c = len(s.points), s.counts
@@ -156,6 +163,7 @@ def sweep_text(s: Sweep) -> str:
     words = dict(running='working', stored='from the store', failed='failed', stopped='stopped')
     return f"{ended} of {n} runs" + ''.join(f', {c[k]} {w}' for k, w in words.items() if c.get(k))
 
+# %% ../nbs/api/72_cli.ipynb #e078c90c
 def follow(s: Sweep, quiet: bool = False) -> None:
     "Shows how a sweep goes until it ends; Ctrl-C cancels it."
     last, ends = '', '\r' if sys.stderr.isatty() else '\n'
@@ -171,7 +179,7 @@ def follow(s: Sweep, quiet: bool = False) -> None:
         s.cancel()
         raise
 
-# %% ../nbs/api/72_cli.ipynb #10d27390
+# %% ../nbs/api/72_cli.ipynb #9f872e3d
 def sweep_command(args: argparse.Namespace) -> int:
     "Answers a grid of questions."
     kinds = {p.name: p.kind for p in parameters(find(args.notebook)).values()}
@@ -186,10 +194,17 @@ def sweep_command(args: argparse.Namespace) -> int:
         if p.error: say(f"{', '.join(f'{k}={v!r}' for k, v in p.asked.items())}: {p.error}")
     return int(any(p.status == 'failed' for p in s.points))
 
-# %% ../nbs/api/72_cli.ipynb #ee4b9faa
+# %% ../nbs/api/72_cli.ipynb #cca7a83b
 class OneLine(argparse.ArgumentParser):
     "A parser that complains in one line."
     def error(self, message): raise UsageError(f'{message}; see {self.prog} --help')
+
+# %% ../nbs/api/72_cli.ipynb #3dd23a3a
+def add_answering(c: argparse.ArgumentParser) -> None:
+    "The options that `run` and `sweep` share."
+    c.add_argument('--force', action='store_true', help='run again and replace the stored answers')
+    c.add_argument('--store', default='runs', metavar='DIR', help='folder of runs (default: runs)')
+    c.add_argument('--quiet', action='store_true', help='no progress')
 
 def add_sweep(sub) -> None:
     "The options of a sweep."
@@ -197,14 +212,12 @@ def add_sweep(sub) -> None:
     c.add_argument('notebook', metavar='NAME', help='experiment, or path of a notebook')
     c.add_argument('-g', '--grid', action='append', required=True, metavar='NAME=VALUE,VALUE,…', help='values to try; every combination is a run')
     c.add_argument('-p', '--param', action='append', default=[], metavar='NAME=VALUE', help='a parameter with one value')
+    add_answering(c)
     c.add_argument('--workers', type=int, default=2, metavar='N', help='runs at the same time (default: 2)')
     c.add_argument('--scheduler', metavar='WHERE', help="'dask' for a Dask cluster of this machine, or a scheduler's address; processes here when left out")
-    c.add_argument('--force', action='store_true', help='run again and replace the stored answers')
-    c.add_argument('--store', default='runs', metavar='DIR', help='folder of runs (default: runs)')
-    c.add_argument('--quiet', action='store_true', help='no progress')
     c.set_defaults(command=sweep_command)
 
-# %% ../nbs/api/72_cli.ipynb #d2567d7c
+# %% ../nbs/api/72_cli.ipynb #a26b0269
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     p = OneLine(prog='sparse-workbench', description='Run sparsity experiments and read their results.')
@@ -216,9 +229,7 @@ def parser() -> argparse.ArgumentParser:
     c = sub.add_parser('run', help='answer a question: from the store, or by running the notebook')
     c.add_argument('notebook', metavar='NAME', help='experiment, or path of a notebook')
     c.add_argument('-p', '--param', action='append', default=[], metavar='NAME=VALUE', help='a parameter, its value as YAML')
-    c.add_argument('--force', action='store_true', help='run again and replace the stored answer')
-    c.add_argument('--store', default='runs', metavar='DIR', help='folder of runs (default: runs)')
-    c.add_argument('--quiet', action='store_true', help='no progress')
+    add_answering(c)
     c.set_defaults(command=run_command)
     add_sweep(sub)
     c = sub.add_parser('results', help='what the finished runs found')
@@ -227,11 +238,12 @@ def parser() -> argparse.ArgumentParser:
     c.set_defaults(command=results_command)
     return p
 
-# %% ../nbs/api/72_cli.ipynb #134dd3d8
+# %% ../nbs/api/72_cli.ipynb #74a8b06d
 def say(message) -> None:
     "A line on standard error."
     print(f'sparse-workbench: {message}', file=sys.stderr)
 
+# %% ../nbs/api/72_cli.ipynb #c5892334
 def main(argv: Sequence[str] | None = None # arguments; None: of the command line
          ) -> int: # exit status
     "The command `sparse-workbench`."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HEADS', 'shard_start', 'local', 'Site', 'whole_shape', 'first_row', 'stat', 'slabs', 'check_finite', 'bits', 'masked',
            'masked_', 'expert', 'in_rows', 'prunable', 'matches', 'output_head', 'Sites', 'candidates', 'own',
-           'check_own', 'named_weights', 'tied_groups', 'why_dense', 'sites', 'explain', 'zeros', 'Report', 'report',
-           'report_lines', 'report_foot', 'report_text', 'report_html']
+           'flattened', 'check_own', 'named_weights', 'tied_groups', 'why_dense', 'sites', 'explain', 'zeros', 'Report',
+           'report', 'report_lines', 'report_foot', 'report_text', 'report_html']
 
 # %% ../nbs/api/00_core.ipynb #fa54909a
 import re
@@ -30,7 +30,7 @@ def local(t: Tensor) -> Tensor:
     "The shard of a DTensor that lies on this rank; any other tensor as it is."
     return t.to_local() if hasattr(t, 'to_local') else t  # type: ignore[operator]
 
-# %% ../nbs/api/00_core.ipynb #a73806fc
+# %% ../nbs/api/00_core.ipynb #cb1e443c
 @dataclass(eq=False)
 class Site:
     "One prunable weight: where it lies, and the mask, latent weight, gradient and statistics that go with it."
@@ -61,7 +61,7 @@ class Site:
     def numel(self) -> int: return self.weight.numel()
     def __repr__(self): return f"Site({self.name!r}, {type(self.module).__name__}, {tuple(self.shape)}, sparsity={self.sparsity:g})"
 
-# %% ../nbs/api/00_core.ipynb #87011043
+# %% ../nbs/api/00_core.ipynb #b509bf7c
 def whole_shape(site: Site) -> torch.Size:
     "Its shape over all ranks."
     p = site.parameter
@@ -71,7 +71,7 @@ def first_row(site: Site) -> int:
     "Where its first row lies in the whole weight, over slabs and ranks."
     return site.rows[0] + shard_start(site.parameter, 1 if site.view is Tensor.t else 0)
 
-# %% ../nbs/api/00_core.ipynb #a7f74880
+# %% ../nbs/api/00_core.ipynb #a5cc6438
 def stat(site: Site, # the weight
          name: str, # e.g. 'in_norm'
          ) -> Tensor: # broadcasts with `site.weight`
@@ -82,7 +82,7 @@ def stat(site: Site, # the weight
     t = site.stats[name]
     return t[slice(*site.rows)] if t.size(0) > 1 else t
 
-# %% ../nbs/api/00_core.ipynb #3f53a3bd
+# %% ../nbs/api/00_core.ipynb #59563c61
 def slabs(site: Site, # a weight of any size
           rows: int = 1, # every slab but the last holds a multiple of this many rows
           weights: int | None = None, # about so many weights a slab; what a cache holds on a CPU, what fills a GPU
@@ -92,7 +92,7 @@ def slabs(site: Site, # a weight of any size
     step = max(1, weights * n // max(1, site.numel) // rows) * rows
     for i in range(0, n, step): yield replace(site, rows=(i, min(n, i + step)))
 
-# %% ../nbs/api/00_core.ipynb #59563c61
+# %% ../nbs/api/00_core.ipynb #886e2831
 def check_finite(site: Site) -> None:
     "ValueError that names the site when a weight is NaN or infinite, or has no data."
     if site.weight.is_meta: raise ValueError(f"{site.name} is on the meta device: load its values before pruning")
@@ -102,7 +102,7 @@ def check_finite(site: Site) -> None:
             raise ValueError(f"{site.name} {tuple(site.shape)} holds {bad} NaN or infinite weights: "
                              f"repair it, or leave it out with ignore=[{site.name!r}]")
 
-# %% ../nbs/api/00_core.ipynb #d02211ff
+# %% ../nbs/api/00_core.ipynb #9c89f241
 def bits(x: Tensor) -> Tensor:
     "The same memory as integers."
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
@@ -116,7 +116,7 @@ def masked_(x: Tensor, mask: Tensor) -> Tensor:
     bits(x).mul_(mask)
     return x
 
-# %% ../nbs/api/00_core.ipynb #9c89f241
+# %% ../nbs/api/00_core.ipynb #a6a08212
 def expert(i: int, # which of the stacked matrices
            transposed: bool, # stored as (in, out)
            ) -> Callable[[Tensor], Tensor]: # stacked parameter -> (out, in)
@@ -131,6 +131,7 @@ def in_rows(experts: nn.Module # a layer of stacked experts
     up, down = p.get('gate_up_proj'), p.get('down_proj')
     return up is not None and down is not None and up.ndim == down.ndim == 3 and up.size(2) == 2 * down.size(1)
 
+# %% ../nbs/api/00_core.ipynb #0772e143
 def prunable(module: nn.Module # any module
              ) -> Iterator[tuple[str, str, Callable[[Tensor], Tensor]]]: # attribute, suffix of the name, view
     "The weights that `module` itself (not its children) offers to pruning."
@@ -145,7 +146,7 @@ def prunable(module: nn.Module # any module
         for n, p in module.named_parameters(recurse=False):
             for i in range(len(p) if p.ndim == 3 else 0): yield n, f'[{i}]', expert(i, transposed)
 
-# %% ../nbs/api/00_core.ipynb #a6a08212
+# %% ../nbs/api/00_core.ipynb #ec67225a
 def matches(spec: Any, # type, name, last parts of a name, glob, or 're:…'
             name: str, # of the module
             key: str, # of the parameter
@@ -156,7 +157,7 @@ def matches(spec: Any, # type, name, last parts of a name, glob, or 're:…'
     if spec.startswith('re:'): return any(re.fullmatch(spec[3:], n) for n in (name, key))
     return spec == type(module).__name__ or any(n == spec or fnmatchcase(n, spec) or fnmatchcase(n, '*.' + spec) for n in (name, key))
 
-# %% ../nbs/api/00_core.ipynb #77e08cf5
+# %% ../nbs/api/00_core.ipynb #4415d63c
 HEADS = ('lm_head', 'embed_out', 'head', 'head.fc', 'classifier', 'score')
 
 def output_head(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -164,7 +165,7 @@ def output_head(model: nn.Module, name: str, module: nn.Module) -> bool:
     own = getattr(model, 'get_output_embeddings', lambda: None)()
     return module is own or any(matches(h, name, name, module) for h in HEADS)
 
-# %% ../nbs/api/00_core.ipynb #6270bafe
+# %% ../nbs/api/00_core.ipynb #1de70b8a
 class Sites(list):
     "A list of sites with `.left`: name -> why it stays dense."
     def __init__(self, found: Iterable[Site] = (), left: dict[str, str] | None = None):
@@ -176,13 +177,22 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, Site]]:
     for name, module in model.named_modules(remove_duplicate=False):
         for attr, suffix, view in prunable(module): yield name, Site(f'{name}.{attr}{suffix}'.lstrip('.'), module, attr, view)
 
-# %% ../nbs/api/00_core.ipynb #d401bba0
+# %% ../nbs/api/00_core.ipynb #f322946f
 def own(site: Site) -> nn.Parameter | None:
     "The parameter of a site as its module holds it; None when the module computes it from others."
     return site.module._parameters.get(site.param)
 
+def flattened(site: Site) -> bool:
+    "Has FSDP1 put the weight into one vector with others?"
+    loose = site.param in vars(site.module) and not any(n.startswith(site.param) for n in site.module._parameters) # weight_orig of torch.prune, weight_g of weight_norm
+    return loose or getattr(own(site), '_fsdp_flattened', False)
+
+# %% ../nbs/api/00_core.ipynb #4fc0788d
 def check_own(site: Site) -> None:
     "ValueError that names the site when its weight is no parameter, or one without a shape."
+    if flattened(site):
+        raise ValueError(f"{site.name} lies in a flat parameter of FSDP1 (FullyShardedDataParallel), where rows have no beginning and no end: shard with FSDP2, which is "
+                         f"fully_shard in torch, fsdp_version=2 in accelerate, fsdp_config=dict(version=2) in the Trainer, ModelParallelStrategy in Lightning")
     if own(site) is None:
         raise ValueError(f"{site.name} is computed from other tensors: end the parametrization first, with torch.nn.utils.prune.remove or "
                          f"torch.nn.utils.parametrize.remove_parametrizations, or leave it out with ignore=[{site.name!r}]")
@@ -191,13 +201,14 @@ def check_own(site: Site) -> None:
     if '[' in site.name and hasattr(own(site), 'placements'):
         raise ValueError(f"{site.name} is one of several matrices in a sharded parameter: prune before fully_shard, or leave it out with ignore=[{site.name.partition('[')[0] + '*'!r}]")
 
+# %% ../nbs/api/00_core.ipynb #c44079a4
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Site]]:
     "Every prunable weight of the model, with the name of its module; ValueError when one is computed from other tensors."
     for name, s in candidates(model):
         check_own(s)
         yield name, s
 
-# %% ../nbs/api/00_core.ipynb #4415d63c
+# %% ../nbs/api/00_core.ipynb #0b068000
 def tied_groups(model: nn.Module) -> list[list[tuple[str, Site]]]:
     "The candidates of a model, those that share a parameter side by side."
     groups: dict[tuple, list[tuple[str, Site]]] = {}
@@ -213,7 +224,7 @@ def why_dense(model: nn.Module, name: str, site: Site, ignore: list, named: bool
     p = own(site)
     return f'{p.dtype} is not floating point' if p is not None and not p.is_floating_point() else ''
 
-# %% ../nbs/api/00_core.ipynb #5139690e
+# %% ../nbs/api/00_core.ipynb #22ad4af6
 def sites(model: nn.Module, # the model to look into; it is not changed
           include: Any = None, # only these: a type, name, glob, 're:…', or a list of them
           ignore: Any = None, # not these; output heads stay dense too unless `include` names one exactly
@@ -232,7 +243,7 @@ def sites(model: nn.Module, # the model to look into; it is not changed
     for s in found: check_own(s)
     return found
 
-# %% ../nbs/api/00_core.ipynb #4d1dbf28
+# %% ../nbs/api/00_core.ipynb #6dc42427
 def explain(model: nn.Module, found: Sites, requests: list) -> None:
     "Raise when a request matches nothing; the message lists what there is."
     every = list(candidates(model))
@@ -247,12 +258,12 @@ def explain(model: nn.Module, found: Sites, requests: list) -> None:
         raise ValueError(f"{type(model).__name__}: no weight to prune is left. Found: {why}. "
                          f"Name what you want, e.g. include={[names[0]] if names else ['your_layer']}")
 
-# %% ../nbs/api/00_core.ipynb #ac105fbf
+# %% ../nbs/api/00_core.ipynb #1b213ffa
 def zeros(site: Site) -> int:
     "How many of the site's weights are exactly zero."
     return sum(s.numel - int(torch.count_nonzero(s.weight)) for s in slabs(site))
 
-# %% ../nbs/api/00_core.ipynb #f322946f
+# %% ../nbs/api/00_core.ipynb #be70c4ac
 @dataclass
 class Report:
     "What was asked and what was achieved: one row for each site, `.total`, a table in notebooks, `.to_frame()` for more."
@@ -273,6 +284,7 @@ class Report:
     __repr__ = __str__
     def _repr_html_(self): return report_html(self)
 
+# %% ../nbs/api/00_core.ipynb #6e207818
 def report(sites: Iterable[Site],
            note: str = '', # how it was made
            counted: dict[str, int] | None = None, # zeros by name, when somebody has counted them in the weights just now
@@ -282,7 +294,7 @@ def report(sites: Iterable[Site],
                  zeros=(z := zeros(s) if counted is None else counted[s.name]), achieved=z / max(1, s.numel)) for s in sites]
     return Report(rows, getattr(sites, 'left', {}), note)
 
-# %% ../nbs/api/00_core.ipynb #4fc0788d
+# %% ../nbs/api/00_core.ipynb #69a6951a
 def report_lines(r: Report, most: int = 40) -> list[tuple[str, ...]]: # first the header, last the total
     "The cells of the table."
     fmt = lambda x: (x['name'], x['type'], '×'.join(map(str, x['shape'])), f"{x['params']:,}", f"{x['asked']:.2%}", f"{x['achieved']:.2%}")
@@ -292,6 +304,7 @@ def report_lines(r: Report, most: int = 40) -> list[tuple[str, ...]]: # first th
     return [('name', 'type', 'shape', 'params', 'asked', 'achieved'), *body,
             ('total', f"{t['sites']} sites", '', f"{t['params']:,}", f"{t['asked']:.2%}", f"{t['achieved']:.2%}")]
 
+# %% ../nbs/api/00_core.ipynb #564fd02f
 def report_foot(r: Report) -> str:
     "How the report was made, and what stays dense."
     left = '; '.join(f'{n} stays dense ({why})' for n, why in list(r.left.items())[:4]) + (f'; {len(r.left) - 4} more' if len(r.left) > 4 else '')
@@ -304,7 +317,7 @@ def report_text(r: Report) -> str:
     lines = ['  '.join(x.ljust(w[i]) if i < 3 else x.rjust(w[i]) for i, x in enumerate(c)).rstrip() for c in cells]
     return '\n'.join([*lines[:-1], '-' * len(lines[0]), lines[-1], report_foot(r)]).rstrip()
 
-# %% ../nbs/api/00_core.ipynb #daf730f0
+# %% ../nbs/api/00_core.ipynb #34bc1fda
 def report_html(r: Report) -> str:
     "The report as an HTML table that needs no style sheet and no script."
     from html import escape

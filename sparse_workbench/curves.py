@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEEPER', 'PALETTE', 'GRID', 'used_points', 'hinges', 'Knee', 'find_knee', 'resample', 'Curve', 'within', 'says',
-           'frame', 'plot', 'interpolate', 'png', 'curve_html', 'restored', 'points', 'digest', 'stored',
+           'frame', 'draw', 'interpolate', 'plot', 'png', 'curve_html', 'restored', 'points', 'digest', 'stored',
            'sweep_points', 'essential_sparsity', 'Sensitivity', 'sensitivity']
 
 # %% ../nbs/api/61_curves.ipynb #a637fba5
@@ -12,9 +12,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ def used_points(fall: Tensor # (points,) quality lost, rising with sparsity
     past = (fall > fall[0] + (fall.max() - fall[0]) / 2).nonzero()
     return int(past[0]) + 1 if len(past) else len(fall)
 
+# %% ../nbs/api/61_curves.ipynb #f99ff916
 def hinges(x: Tensor, # (points,) sparsities
            y: Tensor, # (points, curves)
            grid: int = 201) -> tuple[Tensor, Tensor, Tensor, Tensor]: # for every curve: joint, slope before, slope after, squared error
@@ -51,7 +52,7 @@ def hinges(x: Tensor, # (points,) sparsities
         out[:, better] = torch.stack([torch.full_like(c[1], k), c[1], c[1] + c[2]])[:, better]
     return out[0], out[1], out[2], best
 
-# %% ../nbs/api/61_curves.ipynb #eba8e269
+# %% ../nbs/api/61_curves.ipynb #151c6105
 class Knee(NamedTuple):
     "Essential sparsity: where quality begins to fall much faster, and its 95 % interval."
     value: float
@@ -61,6 +62,7 @@ class Knee(NamedTuple):
 
 STEEPER = 4.0
 
+# %% ../nbs/api/61_curves.ipynb #368f45eb
 def find_knee(x: Tensor, # (points,) sparsities
               fall: Tensor, # (points,) quality lost
               replicates: Tensor, # (points, n) the same from resampled units
@@ -79,14 +81,14 @@ def find_knee(x: Tensor, # (points,) sparsities
     ks = k[1:][bent[1:]] if len(k) > 1 else k
     return Knee(float(k[0]), float(ks.quantile(.025)), float(ks.quantile(.975)), float(after[0] / before[0]) if before[0] > 0 else math.inf), ''
 
-# %% ../nbs/api/61_curves.ipynb #952cc5f0
+# %% ../nbs/api/61_curves.ipynb #5bbbf366
 def resample(units: Tensor, # (points, units, 2)
              n: int, seed: int = 0) -> Tensor: # (points, n) the metric on units drawn with replacement
     "Paired bootstrap: one draw of units for all points."
     draw = torch.randint(units.size(1), (n, units.size(1)), generator=torch.Generator().manual_seed(seed))
     return units[:, draw, 0].sum(2) / units[:, draw, 1].sum(2)
 
-# %% ../nbs/api/61_curves.ipynb #f38e592d
+# %% ../nbs/api/61_curves.ipynb #d01389de
 @dataclass
 class Curve:
     "Quality against sparsity: `.frame()`, `.knee`, `.within(tol)`, `.plot()`."
@@ -118,7 +120,7 @@ class Curve:
     def __repr__(self): return f"Curve({self.label}, {len(self.sparsities)} points, {says(self)})"
     def _repr_html_(self): return curve_html(self)
 
-# %% ../nbs/api/61_curves.ipynb #5bbbf366
+# %% ../nbs/api/61_curves.ipynb #cbab708a
 def within(c: Curve, tol: float = .01) -> float: # sparsity
     "Largest sparsity up to which the shown metric stays within `tol`, relatively, of the dense model; linear between points."
     y = [c.shown[1](v) for v in c.values.tolist()] if c.shown else c.values.tolist()
@@ -129,11 +131,13 @@ def within(c: Curve, tol: float = .01) -> float: # sparsity
             return a + (b - a) * (tol - worse[i - 1]) / (worse[i] - worse[i - 1]) if math.isfinite(worse[i]) else a
     return c.sparsities[-1]
 
+# %% ../nbs/api/61_curves.ipynb #29d696c1
 def says(c: Curve) -> str:
     "The answer in one sentence."
     k = c.knee
     return f"knee at {k.value:.1%} (95 % interval {k.low:.1%} to {k.high:.1%}), {k.ratio:.0f} times steeper past it" if k else f"no knee: {c.fit[1]}"
 
+# %% ../nbs/api/61_curves.ipynb #b3d0fce0
 def frame(c: Curve):
     "A DataFrame: sparsity, metric, 95 % band, and the metric as people read it."
     import pandas as pd
@@ -141,9 +145,24 @@ def frame(c: Curve):
     d = pd.DataFrame({'sparsity': c.sparsities, c.metric: c.values.tolist(), 'low': band[0].tolist(), 'high': band[1].tolist()})
     return d if c.shown is None else d.assign(**{c.shown[0]: [c.shown[1](v) for v in c.values.tolist()]})
 
-# %% ../nbs/api/61_curves.ipynb #f5517f33
+# %% ../nbs/api/61_curves.ipynb #a09fbed7
 PALETTE = ('#1f4e79', '#d1711c', '#3a7d44', '#8a4f9e', '#b22222', '#5a5a5a')
 
+def draw(ax, c: Curve, f: Callable[[float], float], color: str, **style) -> None:
+    "One curve through f, with its band and its knee."
+    band = c.replicates.quantile(torch.tensor([.025, .975], dtype=torch.double), dim=1).tolist()
+    ax.fill_between(c.sparsities, [f(v) for v in band[0]], [f(v) for v in band[1]], color=color, alpha=.18, lw=0)
+    ax.plot(c.sparsities, [f(v) for v in c.values.tolist()], 'o-', ms=3, lw=1.4, color=color, label=c.label, **style)
+    if c.knee:
+        at = f(float(interpolate(c.knee.value, c.sparsities, c.values)))
+        ax.errorbar(c.knee.value, at, xerr=[[max(0, c.knee.value - c.knee.low)], [max(0, c.knee.high - c.knee.value)]], fmt='D', ms=6, capsize=4, color=color, mec='white', zorder=5)
+
+def interpolate(x: float, xs: Sequence[float], ys: Tensor) -> float:
+    "The value at x on straight lines between points."
+    i = min(max(1, next((i for i, v in enumerate(xs) if v >= x), len(xs) - 1)), len(xs) - 1)
+    return float(ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1]))
+
+# %% ../nbs/api/61_curves.ipynb #3c556ba3
 def plot(curves: Sequence[Curve], # of one metric
          ax=None, # matplotlib axes; a new figure when left out
          **style): # axes
@@ -152,28 +171,17 @@ def plot(curves: Sequence[Curve], # of one metric
     if ax is None:
         from matplotlib.figure import Figure
         ax = Figure(figsize=(6.4, 3.8), layout='constrained').subplots()
-    f = curves[0].shown[1] if curves[0].shown else (lambda v: v)
-    for c, color in zip(curves, PALETTE * len(curves)):
-        band = c.replicates.quantile(torch.tensor([.025, .975], dtype=torch.double), dim=1).tolist()
-        ax.fill_between(c.sparsities, [f(v) for v in band[0]], [f(v) for v in band[1]], color=color, alpha=.18, lw=0)
-        ax.plot(c.sparsities, [f(v) for v in c.values.tolist()], 'o-', ms=3, lw=1.4, color=color, label=c.label, **style)
-        if c.knee:
-            at = f(float(interpolate(c.knee.value, c.sparsities, c.values)))
-            ax.errorbar(c.knee.value, at, xerr=[[max(0, c.knee.value - c.knee.low)], [max(0, c.knee.high - c.knee.value)]], fmt='D', ms=6, capsize=4, color=color, mec='white', zorder=5)
-    if curves[0].shown and curves[0].shown[0] == 'perplexity':
-        dense = f(float(curves[0].values[0]))
-        ax.set(yscale='log', ylim=(dense / 1.5, min(dense * 1000, 1.5 * max(f(float(c.values.max())) for c in curves))))
-    ax.set(xlabel='sparsity (fraction of zeros)', ylabel=curves[0].shown[0] if curves[0].shown else f'{curves[0].metric} ({curves[0].unit})')
+    shown = curves[0].shown or (f'{curves[0].metric} ({curves[0].unit})', lambda v: v)
+    for c, color in zip(curves, PALETTE * len(curves)): draw(ax, c, shown[1], color, **style)
+    if shown[0] == 'perplexity':
+        dense = shown[1](float(curves[0].values[0]))
+        ax.set(yscale='log', ylim=(dense / 1.5, min(dense * 1000, 1.5 * max(shown[1](float(c.values.max())) for c in curves))))
+    ax.set(xlabel='sparsity (fraction of zeros)', ylabel=shown[0])
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, fontsize=9)
     return ax
 
-# %% ../nbs/api/61_curves.ipynb #d01389de
-def interpolate(x: float, xs: Sequence[float], ys: Tensor) -> float:
-    "The value at x on straight lines between points."
-    i = min(max(1, next((i for i, v in enumerate(xs) if v >= x), len(xs) - 1)), len(xs) - 1)
-    return float(ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1]))
-
+# %% ../nbs/api/61_curves.ipynb #d611cbfe
 def png(ax) -> bytes:
     "The figure of these axes as a PNG file."
     import io
@@ -186,7 +194,7 @@ def curve_html(c: Curve) -> str:
     import base64
     return f'<p>{c.label}: {says(c)}</p><img alt="{c.label}" src="data:image/png;base64,{base64.b64encode(png(plot([c]))).decode()}">'
 
-# %% ../nbs/api/61_curves.ipynb #dc59a96a
+# %% ../nbs/api/61_curves.ipynb #3147c9e5
 GRID = tuple(i / 20 for i in range(20))     # 0, 0.05, … 0.95
 
 @contextmanager
@@ -199,6 +207,7 @@ def restored(ss: Iterable[Site]) -> Iterator[Callable[[], None]]: # a function t
     try: yield back
     finally: back()
 
+# %% ../nbs/api/61_curves.ipynb #61cb5ce5
 def points(sparsities: Sequence[float] | None, p: Pattern | str | Sequence[Pattern | str]) -> list[tuple[float, Pattern]]:
     "What to measure: sparsities of one pattern, or a list of patterns that bring their own, after the dense model."
     if isinstance(p, (Pattern, str)):
@@ -209,7 +218,7 @@ def points(sparsities: Sequence[float] | None, p: Pattern | str | Sequence[Patte
     ps = sorted((read_pattern(x) for x in p), key=lambda x: asked(x, None))
     return [(0., ps[0]), *((asked(x, None), x) for x in ps if asked(x, None) > 0)]
 
-# %% ../nbs/api/61_curves.ipynb #ae62705d
+# %% ../nbs/api/61_curves.ipynb #c8333773
 def digest(*parts: Any) -> str:
     "Hash of tensors, text and functions (by their source)."
     import inspect
@@ -220,6 +229,7 @@ def digest(*parts: Any) -> str:
         else: h.update(repr(x).encode())
     return h.hexdigest()
 
+# %% ../nbs/api/61_curves.ipynb #2ae5e563
 def stored(cache: str | Path | None, key: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     "The units from the cache, or made and stored; a file is written whole or not at all."
     file = None if cache is None else Path(cache) / f'curve-{key}.json'
@@ -232,7 +242,7 @@ def stored(cache: str | Path | None, key: str, make: Callable[[], list[Tensor]])
         tmp.replace(file)
     return out
 
-# %% ../nbs/api/61_curves.ipynb #223d100a
+# %% ../nbs/api/61_curves.ipynb #48ea2390
 def sweep_points(model: nn.Module, ss: Sequence[Site], evaluate: Callable[[nn.Module], Tensor], pts: Sequence[tuple[float, Pattern]],
                  score: Score, how: Allocate, progress: bool | None, label: str) -> list[Tensor]: # [achieved (points,), units (points, units, 2)]
     "Prune at each point from the dense weights and measure."
@@ -249,7 +259,7 @@ def sweep_points(model: nn.Module, ss: Sequence[Site], evaluate: Callable[[nn.Mo
             back()
     return [torch.tensor(achieved, dtype=torch.double), torch.stack(units)]
 
-# %% ../nbs/api/61_curves.ipynb #29d696c1
+# %% ../nbs/api/61_curves.ipynb #a07c8351
 def essential_sparsity(model: nn.Module, # its weights are put back exactly
                        evaluate: Evaluate | Callable[[nn.Module], Any], # or a function of the model: a number, or one for each unit
                        sparsities: Sequence[float] | None = None, # 0 to 0.95 in steps of 0.05 when left out
@@ -275,7 +285,7 @@ def essential_sparsity(model: nn.Module, # its weights are put back exactly
     return Curve(label or ', '.join(x for x, plain in zip(names, ('', 'unstructured()', 'uniform')) if x != plain), achieved.tolist(), units, *((e.metric, e.unit, e.higher, e.shown, e.quality) if e else ('metric', '', False, None, None)),
                  n_boot=n_boot, seed=seed, note=', '.join(names) + note)
 
-# %% ../nbs/api/61_curves.ipynb #068f94be
+# %% ../nbs/api/61_curves.ipynb #a11616a9
 @dataclass
 class Sensitivity:
     "Rise of the loss when one site alone is pruned: (sites, sparsities)."
@@ -289,7 +299,7 @@ class Sensitivity:
     def plot(self, ax=None):
         if ax is None:
             from matplotlib.figure import Figure
-            ax = Figure(figsize=(5, .6 + .14 * len(self.names)), layout='constrained').subplots()
+            ax = Figure(figsize=(5, max(1.8, .6 + .14 * len(self.names))), layout='constrained').subplots()
         im = ax.imshow(self.rise.clamp_min(0), aspect='auto', cmap='cividis')
         ax.set_yticks(range(len(self.names)), [n.removesuffix('.weight') for n in self.names], fontsize=6)
         ax.set_xticks(range(len(self.sparsities)), [f'{s:.0%}' for s in self.sparsities], fontsize=7)
@@ -297,7 +307,7 @@ class Sensitivity:
         ax.figure.colorbar(im, label=f'rise of the loss ({self.unit})')
         return ax
 
-# %% ../nbs/api/61_curves.ipynb #d611cbfe
+# %% ../nbs/api/61_curves.ipynb #de338a25
 def sensitivity(model: nn.Module, evaluate: Evaluate, sparsities: Sequence[float] = (.5, .7, .9), *, score: Score = magnitude,
                 pattern: Pattern | str = unstructured(), calibration: Any = None, include: Any = None, ignore: Any = None,
                 progress: bool | None = None) -> Sensitivity:

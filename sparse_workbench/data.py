@@ -35,12 +35,13 @@ def data_dir() -> Path:
     raise FileNotFoundError('no data folder: set SPARSE_WORKBENCH_DATA to the folder that holds mnist/, cifar10/ …, '
                             'or pass root= to the loader')
 
+# %% ../nbs/api/50_data.ipynb #83253f5f
 def existing(path: str | Path) -> Path:
     "`path` itself, or a FileNotFoundError that names it and says what to set"
     if (path := Path(path)).exists(): return path
     raise FileNotFoundError(f'{path}: no such file; pass root= or set SPARSE_WORKBENCH_DATA to the folder that has it')
 
-# %% ../nbs/api/50_data.ipynb #f55f17a5
+# %% ../nbs/api/50_data.ipynb #c0d4dafd
 def load_text(path: str | Path # .txt, .tokens, .json, .csv, .py … plain or with .xz appended
              ) -> str:
     "The whole UTF-8 text of a file, line ends as they are"
@@ -52,7 +53,7 @@ def load_stories(path: str | Path # stories separated by <|endoftext|>
     "The stories of a TinyStories file, stripped, empty ones dropped"
     return [s.strip() for s in load_text(path).split('<|endoftext|>') if s.strip()]
 
-# %% ../nbs/api/50_data.ipynb #5af680ea
+# %% ../nbs/api/50_data.ipynb #85279017
 def load_banking77(split: str = 'train',          # 'train' (10,003) or 'test' (3,080)
                    root: str | Path | None = None # folder that holds banking77/; None is `data_dir()`
                   ) -> list[tuple[str, str]]:     # (sentence, intent)
@@ -60,7 +61,7 @@ def load_banking77(split: str = 'train',          # 'train' (10,003) or 'test' (
     text = load_text((Path(root) if root else data_dir())/'banking77'/f'{split}.csv.xz')
     return [(r['text'], r['category']) for r in csv.DictReader(io.StringIO(text, newline=''))]
 
-# %% ../nbs/api/50_data.ipynb #99319696
+# %% ../nbs/api/50_data.ipynb #2135ae98
 def load_idx(path: str | Path # an IDX file of unsigned bytes, plain or .xz
             ) -> Tensor:      # uint8, of the shape written in the file
     "One IDX file as a tensor"
@@ -72,7 +73,7 @@ def load_idx(path: str | Path # an IDX file of unsigned bytes, plain or .xz
     if data.size != np.prod(shape, dtype=np.int64): raise ValueError(f'{path}: {data.size} bytes do not fill {shape}')
     return torch.from_numpy(data.reshape(shape).copy())
 
-# %% ../nbs/api/50_data.ipynb #c4ddbda3
+# %% ../nbs/api/50_data.ipynb #eecc0af4
 def load_mnist(name: str = 'mnist',           # 'mnist' or 'fashion_mnist'
                split: str = 'train',          # 'train' (60,000) or 'test' (10,000)
                root: str | Path | None = None # folder that holds mnist/; None is `data_dir()`
@@ -82,7 +83,7 @@ def load_mnist(name: str = 'mnist',           # 'mnist' or 'fashion_mnist'
     stem = (Path(root) if root else data_dir())/name/('t10k' if split == 'test' else 'train')
     return load_idx(f'{stem}-images-idx3-ubyte.xz'), load_idx(f'{stem}-labels-idx1-ubyte.xz').long()
 
-# %% ../nbs/api/50_data.ipynb #4b01b18d
+# %% ../nbs/api/50_data.ipynb #0999566e
 def load_cifar10(split: str = 'train',          # 'train' (50,000) or 'test' (the first 1,000)
                  root: str | Path | None = None # folder that holds cifar10/; None is `data_dir()`
                 ) -> tuple[Tensor, Tensor]:     # images [N,3,32,32] uint8, labels [N] int64
@@ -99,7 +100,7 @@ def load_cifar10(split: str = 'train',          # 'train' (50,000) or 'test' (th
     x = torch.from_numpy(np.concatenate(parts))
     return x, labels[:len(x)]
 
-# %% ../nbs/api/50_data.ipynb #3522e8f2
+# %% ../nbs/api/50_data.ipynb #08973ce1
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -108,7 +109,7 @@ def cifar_normalise(images: Tensor # [N,3,32,32] uint8
     "Pixels as the pretrained CIFAR ResNets expect them"
     return (images/255 - torch.tensor(CIFAR_MEAN)[:, None, None]) / torch.tensor(CIFAR_STD)[:, None, None]
 
-# %% ../nbs/api/50_data.ipynb #b760c0fd
+# %% ../nbs/api/50_data.ipynb #567897da
 def digits(held_out: float = 0.2 # share of the images that become the test split
           ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # train images [N,64], train labels, test images, test labels
     "scikit-learn's digits, pixels in [0,1] as float32, always split the same way"
@@ -119,14 +120,14 @@ def digits(held_out: float = 0.2 # share of the images that become the test spli
     test, train = order.tensor_split([round(held_out*len(x))])
     return x[train].float()/16, y[train], x[test].float()/16, y[test]
 
-# %% ../nbs/api/50_data.ipynb #fc0a7de4
+# %% ../nbs/api/50_data.ipynb #8cfdc639
 NUMERIC = re.compile(r'\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|0x[0-9a-fA-F]+|\d+')
 
 def is_table(text: str) -> bool:
     "Whether numeric literals and escapes are more than a sixth of the characters that are not white space"
     return 6*sum(map(len, NUMERIC.findall(text))) > len(''.join(text.split()))
 
-# %% ../nbs/api/50_data.ipynb #ad1e484f
+# %% ../nbs/api/50_data.ipynb #7a300490
 def python_sources(root: Path # a folder, or a tar archive (.tar, .tar.gz, .tar.xz)
                   ):          # yields (relative name, bytes)
     "Every .py file below `root` outside site-packages, in no promised order"
@@ -139,7 +140,7 @@ def python_sources(root: Path # a folder, or a tar archive (.tar, .tar.gz, .tar.
             for member in tar:
                 if member.isfile() and wanted(name := member.name.removeprefix('./')): yield name, tar.extractfile(member).read()
 
-# %% ../nbs/api/50_data.ipynb #567897da
+# %% ../nbs/api/50_data.ipynb #13ba72ec
 def python_corpus(root: str | Path | None = None # a folder or tar archive of .py files; None is this Python's standard library
                  ) -> list[tuple[str, str]]:     # (relative name, text), sorted by name
     "Readable Python files: UTF-8, 64 to 400,000 characters, no tables of numbers, no copies up to white space"
@@ -153,12 +154,12 @@ def python_corpus(root: str | Path | None = None # a folder or tar archive of .p
         kept.append((name, text))
     return kept
 
-# %% ../nbs/api/50_data.ipynb #0193b21d
+# %% ../nbs/api/50_data.ipynb #d6ab802a
 def name_hash(name: str) -> str:
     "sha256 of a file's name, in hex"
     return hashlib.sha256(name.encode()).hexdigest()
 
-# %% ../nbs/api/50_data.ipynb #7a300490
+# %% ../nbs/api/50_data.ipynb #01c0fc9c
 def split_by_file(files: list[tuple[str, str]], # (name, text), as from `python_corpus`
                   held_out: float = 0.03        # share of the files, by sha256 of the name
                  ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]: # train in given order, held out in order of the hash

@@ -19,7 +19,7 @@ def teacher_of(model: nn.Module) -> nn.Module: # a copy; the model is not change
     "A frozen copy in evaluation mode."
     return copy.deepcopy(model).eval().requires_grad_(False)
 
-# %% ../nbs/api/44_distill.ipynb #26cf23e5
+# %% ../nbs/api/44_distill.ipynb #0fe60326
 def divergence(student: Tensor, teacher: Tensor, # logits (..., classes)
                temperature: float = 1.) -> Tensor: # nats a token, times temperature²
     "How far the student's distribution is from the teacher's."
@@ -28,13 +28,13 @@ def divergence(student: Tensor, teacher: Tensor, # logits (..., classes)
     q, p = ((x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) / temperature).log_softmax(-1) for x in (student, teacher))
     return F.kl_div(q, p, reduction='batchmean', log_target=True) * temperature**2
 
-# %% ../nbs/api/44_distill.ipynb #2fe32bf8
+# %% ../nbs/api/44_distill.ipynb #b0533e2a
 def squarehead(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor: # hidden states of every layer
     "Sum over layers of mean (s − t)² / mean t²."
     tiny = torch.finfo(torch.bfloat16).eps # as the authors of AST have it
     return torch.stack([(s - t).square().mean() / (t.square().mean() + tiny) for s, t in zip(student, teacher, strict=True)]).sum()
 
-# %% ../nbs/api/44_distill.ipynb #18db2dde
+# %% ../nbs/api/44_distill.ipynb #264751a3
 SHARES: dict[str, dict[str, float]] = dict(ast=dict(task=.33, share=.67, temperature=2.), ast_llama=dict(task=1., share=.5, temperature=2.), cast=dict(task=2/3, share=1/3, temperature=1.))
 
 class Heard:
@@ -45,7 +45,7 @@ class Heard:
         self.calls.append((args, kwargs, out := self.model(*args, **kwargs)))
         return out
 
-# %% ../nbs/api/44_distill.ipynb #6c8ff594
+# %% ../nbs/api/44_distill.ipynb #8100562c
 def distilled(loss: Callable[[nn.Module, Any], Tensor], # (model, batch) -> scalar, such as next_token_loss
               teacher: nn.Module, # from teacher_of(model)
               task: float = 2/3, share: float = 1/3, # of the loss, of the divergence

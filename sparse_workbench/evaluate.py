@@ -44,6 +44,7 @@ class Evaluate:
         name = f'{self.metric} {self.unit} {getattr(self.measure, "__qualname__", "")}'
         return hashlib.blake2b((Calibration(self.batches).hash + name).encode(), digest_size=8).hexdigest()
 
+# %% ../nbs/api/60_evaluate.ipynb #986fd6c6
 def mean(units: Tensor) -> float:
     "(units, 2) -> sum / count."
     return float(units[:, 0].sum() / units[:, 1].sum())
@@ -52,7 +53,7 @@ def as_perplexity() -> dict[str, Any]:
     "How a loss in nats is shown, and its quality: the geometric mean of the right tokens' probabilities."
     return dict(shown=('perplexity', lambda x: math.exp(min(x, 700))), quality=lambda v: torch.exp(-v))
 
-# %% ../nbs/api/60_evaluate.ipynb #256a2f4c
+# %% ../nbs/api/60_evaluate.ipynb #e7860033
 def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     "(batch, length) -> (batch, 2): nats and tokens of every window."
     out = model(ids.to(next(model.parameters()).device))
@@ -60,6 +61,7 @@ def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     nll = F.cross_entropy(logits.reshape(-1, logits.size(-1)), ids[:, 1:].reshape(-1).to(logits.device), reduction='none').reshape(len(ids), -1)
     return torch.stack([nll.sum(1), torch.full_like(nll[:, 0], nll.size(1))], 1)
 
+# %% ../nbs/api/60_evaluate.ipynb #f76199e5
 def perplexity(lm: Pretrained, # a causal language model from `zoo.load`
                text: str | None = None, # its own held-out sample when left out
                window: int = 256, # tokens
@@ -76,7 +78,7 @@ def bits_per_byte(units: Tensor, evaluate: Evaluate) -> float:
     "Loss of a language model as bits for every byte of the text."
     return float(units[:, 0].sum()) / math.log(2) / evaluate.bytes
 
-# %% ../nbs/api/60_evaluate.ipynb #e7860033
+# %% ../nbs/api/60_evaluate.ipynb #4f7f465c
 def masked_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     "(masked ids, labels with -100 elsewhere) -> (batch, 2): nats and hidden tokens of every window."
     ids, labels = (x.to(next(model.parameters()).device) for x in batch)
@@ -85,6 +87,7 @@ def masked_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     nll = F.cross_entropy(logits.transpose(1, 2), labels, reduction='none', ignore_index=-100)
     return torch.stack([nll.sum(1), (labels != -100).sum(1).to(nll.dtype)], 1)
 
+# %% ../nbs/api/60_evaluate.ipynb #3852d672
 def masked_loss(ids: Tensor, # (windows, length)
                 mask_id: int, # the tokenizer's mask token
                 rate: float = .15, seed: int = 0, batch: int = 8) -> Evaluate:
@@ -93,7 +96,7 @@ def masked_loss(ids: Tensor, # (windows, length)
     pairs = zip(ids.masked_fill(hide, mask_id).split(batch), ids.masked_fill(~hide, -100).split(batch))
     return Evaluate(list(pairs), masked_losses, unit='nats/masked token', **as_perplexity())
 
-# %% ../nbs/api/60_evaluate.ipynb #f76199e5
+# %% ../nbs/api/60_evaluate.ipynb #e0840aac
 def hits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     "(inputs, labels) -> (batch, 2): right or not, and 1."
     x, y = (t.to(next(model.parameters()).device) for t in batch)
@@ -101,6 +104,7 @@ def hits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     right = (getattr(out, 'logits', out).argmax(1) == y).float()
     return torch.stack([right, torch.ones_like(right)], 1)
 
+# %% ../nbs/api/60_evaluate.ipynb #4cfc9987
 def accuracy(x: Tensor, # inputs
              y: Tensor, # labels
              batch: int = 250) -> Evaluate:
@@ -108,7 +112,7 @@ def accuracy(x: Tensor, # inputs
     if len(x) != len(y): raise ValueError(f"{len(x)} inputs but {len(y)} labels")
     return Evaluate(list(zip(x.split(batch), y.split(batch))), hits, 'accuracy', 'share of inputs', higher=True)
 
-# %% ../nbs/api/60_evaluate.ipynb #9b0f56d5
+# %% ../nbs/api/60_evaluate.ipynb #946599f3
 def text_parts(text: str, share: float = .8) -> tuple[str, str]: # (to evaluate on, to calibrate on), cut at the end of a line
     "Cut a held-out text in two that share nothing."
     at = text.find('\n', int(share * len(text))) + 1 or len(text)
@@ -121,7 +125,7 @@ def for_text(lm: Pretrained, count: int, window: int, samples: int, batch: int =
     cal = windows(lm.encode(there), window, samples)
     return perplexity(lm, here, window, count, batch), Calibration(list(cal.split(batch)), f'{lm.name} text, last fifth', next_token_loss)
 
-# %% ../nbs/api/60_evaluate.ipynb #e0840aac
+# %% ../nbs/api/60_evaluate.ipynb #8fcf7d71
 def for_images(lm: Pretrained, count: int, samples: int) -> tuple[Evaluate, Calibration]:
     "Accuracy on CIFAR-10 test images; training images to calibrate on."
     (x, y), (cx, cy) = cifar('test'), cifar('train')
@@ -134,7 +138,7 @@ def cifar(split: str) -> tuple[Tensor, Tensor]:
     x, y = load_cifar10(split)
     return cifar_normalise(x), torch.as_tensor(y).long()
 
-# %% ../nbs/api/60_evaluate.ipynb #4cfc9987
+# %% ../nbs/api/60_evaluate.ipynb #b0624457
 def sentence_vectors(model: nn.Module, ids: Tensor, mask: Tensor, batch: int = 64) -> Tensor: # (n, length) twice -> (n, features), each of length 1
     "Mean of the token vectors, normalised."
     out = []
@@ -143,6 +147,7 @@ def sentence_vectors(model: nn.Module, ids: Tensor, mask: Tensor, batch: int = 6
         out.append(F.normalize((states * m[..., None]).sum(1) / m.sum(1, keepdim=True), dim=-1))
     return torch.cat(out)
 
+# %% ../nbs/api/60_evaluate.ipynb #42980322
 def centre_hits(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor: # ids, mask and class of training, then of test sentences -> (test, 2)
     "Is the nearest class centre the right one?"
     ids, mask, y, test, test_mask, test_y = (t.to(next(model.parameters()).device) for t in batch)
@@ -151,7 +156,7 @@ def centre_hits(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor: # ids, m
     right = ((sentence_vectors(model, test, test_mask) @ centres.T).argmax(1) == test_y).float()
     return torch.stack([right, torch.ones_like(right)], 1)
 
-# %% ../nbs/api/60_evaluate.ipynb #ca590bb3
+# %% ../nbs/api/60_evaluate.ipynb #cdc1ee97
 def for_sentences(lm: Pretrained, count: int, samples: int) -> tuple[Evaluate, Calibration]:
     "Banking77 intents by nearest centre; training sentences to calibrate on."
     train, test = load_banking77('train'), load_banking77('test')
@@ -165,6 +170,7 @@ def for_sentences(lm: Pretrained, count: int, samples: int) -> tuple[Evaluate, C
     ev = Evaluate([(*tokens(few), classes(few), *tokens(some), classes(some))], centre_hits, 'accuracy', 'share of sentences', higher=True)
     return ev, Calibration(cal, 'Banking77 train')
 
+# %% ../nbs/api/60_evaluate.ipynb #4f51cf2a
 def evaluation(lm: Pretrained, # from `zoo.load`
                count: int = 24, # units: windows, images or sentences
                window: int = 256, # tokens in a window of text

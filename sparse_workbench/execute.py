@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CHECKED', 'RESERVED', 'STYLE', 'FOLDS', 'POLICY', 'CHILD', 'ENDED', 'UsageError', 'experiments', 'find',
            'read_notebook', 'tagged', 'heading', 'spelled', 'fit', 'fit_any', 'Parameter', 'comments', 'assignments',
-           'parameters', 'check', 'this_python', 'inject', 'execute', 'body', 'report', 'RunFailed', 'shown',
-           'as_error', 'settle', 'keep_failure', 'answer', 'Question', 'question', 'run', 'answer_job', 'Job', 'reply',
-           'stop', 'tail', 'working', 'alive', 'done_cells', 'cells_done', 'points', 'Point', 'plan', 'Sweep',
-           'settle_point', 'cancel', 'wait', 'work_here', 'on_processes', 'work_there', 'client_of', 'on_dask', 'sweep']
+           'parameters', 'unknown', 'check', 'this_python', 'inject', 'execute', 'body', 'about', 'report', 'RunFailed',
+           'shown', 'as_error', 'settle', 'keep_failure', 'complete', 'answer', 'Question', 'question', 'run',
+           'answer_job', 'asking', 'tail', 'Job', 'reply', 'stop', 'working', 'alive', 'done_cells', 'cells_done',
+           'points', 'Point', 'plan', 'Sweep', 'settle_point', 'cancel', 'wait', 'work_here', 'on_processes',
+           'work_there', 'client_of', 'settle_future', 'on_dask', 'sweep']
 
 # %% ../nbs/api/71_execute.ipynb #e67f3cee
 import ast
@@ -80,6 +81,7 @@ def read_notebook(path: Path) -> dict:
         raise UsageError(f"{path.name} is not a notebook of format 4: {type(e).__name__}: {e}") from e
     return nb
 
+# %% ../nbs/api/71_execute.ipynb #1432ca8f
 def tagged(nb: dict, tag: str) -> dict | None:
     "The first code cell with this tag."
     return next((c for c in nb['cells'] if c['cell_type'] == 'code' and tag in c['metadata'].get('tags', [])), None)
@@ -90,7 +92,7 @@ def heading(nb: dict) -> tuple[str, str]:
     title, subtitle = re.search(r'^# +(.+)', prose, re.M), re.search(r'^> *(.+)', prose, re.M)
     return title[1].strip() if title else '', subtitle[1].strip() if subtitle else ''
 
-# %% ../nbs/api/71_execute.ipynb #a50da18a
+# %% ../nbs/api/71_execute.ipynb #d23728fd
 def spelled(kind: str | ast.expr # 'int', 'float | None', 'list[float]', "Literal['a', 'b']", …
             ) -> tuple[str, list[ast.expr]]: # its name in lower case, and what stands in its brackets
     "The outermost part of a type; alternatives are a 'union'."
@@ -102,7 +104,7 @@ def spelled(kind: str | ast.expr # 'int', 'float | None', 'list[float]', "Litera
     parts = [] if inner is None else inner.elts if isinstance(inner, ast.Tuple) else [inner]
     return ('union', [ast.Constant(None), *parts]) if name == 'optional' else (name, parts)
 
-# %% ../nbs/api/71_execute.ipynb #d9ce2741
+# %% ../nbs/api/71_execute.ipynb #9c12af39
 CHECKED = {'literal', 'none', 'bool', 'str', 'int', 'float', 'list', 'tuple', 'sequence', 'dict', 'mapping'}
 
 def fit(value, # parameter value
@@ -125,6 +127,7 @@ def fit(value, # parameter value
     if name in CHECKED: raise ValueError(f'{value!r} is not {name}')
     return json.loads(json.dumps(value, allow_nan=False))
 
+# %% ../nbs/api/71_execute.ipynb #134c4ed5
 def fit_any(value, kinds: list) -> Any:
     "The value as the first of the types that takes it."
     for kind in kinds:
@@ -132,7 +135,7 @@ def fit_any(value, kinds: list) -> Any:
         except (TypeError, ValueError): pass
     raise ValueError
 
-# %% ../nbs/api/71_execute.ipynb #d5466311
+# %% ../nbs/api/71_execute.ipynb #5a0f3623
 RESERVED = {'store', 'force', 'progress', 'notebook'}
 
 class Parameter(NamedTuple):
@@ -142,12 +145,13 @@ class Parameter(NamedTuple):
     default: Any
     help: str # its comment
 
-# %% ../nbs/api/71_execute.ipynb #9c12af39
+# %% ../nbs/api/71_execute.ipynb #07bb63bb
 def comments(text: str) -> dict[int, str]:
     "Line number -> comment."
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type == tokenize.COMMENT}
 
+# %% ../nbs/api/71_execute.ipynb #da0e7e67
 def assignments(path: Path, # the notebook, for messages
                 text: str, # its parameters cell
                 ) -> Iterator[tuple[str, str, Any, str]]: # (name, annotation, default, comment)
@@ -164,7 +168,7 @@ def assignments(path: Path, # the notebook, for messages
             raise UsageError(f"{path.name}: {ast.unparse(node)!r} needs one name and a plain value, like 0.5 or [1, 2]") from e
         yield name, kind, default, notes.get(node.end_lineno or 0, '')
 
-# %% ../nbs/api/71_execute.ipynb #134c4ed5
+# %% ../nbs/api/71_execute.ipynb #2884d198
 def parameters(path: Path # notebook
                ) -> dict[str, Parameter]: # by name, without the reserved `out`
     "What the notebook can be asked; UsageError when its parameters cell cannot be used."
@@ -180,7 +184,16 @@ def parameters(path: Path # notebook
     found.pop('out', None)
     return found
 
-# %% ../nbs/api/71_execute.ipynb #07bb63bb
+# %% ../nbs/api/71_execute.ipynb #0315ec95
+def unknown(name: str, # of the notebook
+            key: str, # a parameter that it does not have
+            known: dict[str, Parameter]) -> str:
+    "What it has instead, as a sentence."
+    close = ''.join(f'; did you mean `{c}`?' for c in get_close_matches(key, known, 1, 0.5)) or '.'
+    takes = ', '.join(f'{p.name} ({p.kind})' for p in known.values()) or 'no parameters'
+    return f"{name} has no parameter `{key}`{close} It takes {takes}"
+
+# %% ../nbs/api/71_execute.ipynb #c11a21e7
 def check(path: Path, # notebook
           asked: dict, # values by name
           ) -> dict: # every parameter with its value
@@ -189,17 +202,14 @@ def check(path: Path, # notebook
     values, name = {p.name: p.default for p in known.values()}, path.stem
     for key, value in asked.items():
         if key == 'out': raise UsageError(f"{name}: `out` is the run's own folder; choose where runs are kept with store=")
-        if key not in known:
-            close = ''.join(f'; did you mean `{c}`?' for c in get_close_matches(key, known, 1, 0.5)) or '.'
-            takes = ', '.join(f'{p.name} ({p.kind})' for p in known.values()) or 'no parameters'
-            raise UsageError(f"{name} has no parameter `{key}`{close} It takes {takes}")
+        if key not in known: raise UsageError(unknown(name, key, known))
         try: values[key] = fit(value, known[key].kind)
         except (TypeError, ValueError) as e:
             message = f"parameter `{key}` = {value!r} is not {known[key].kind}; an example is {key}={known[key].default!r}"
             raise UsageError(f"{name}: {message}") from e
     return values
 
-# %% ../nbs/api/71_execute.ipynb #bb3fa598
+# %% ../nbs/api/71_execute.ipynb #9da93b59
 def this_python(log: Path # what the process itself writes, outside of any cell
                 ) -> type: # a kernel manager class
     "Starts `sys.executable` as the kernel, with this package in its reach."
@@ -214,7 +224,7 @@ def this_python(log: Path # what the process itself writes, outside of any cell
         with log.open('ab') as f: await AsyncKernelManager.start_kernel(self, **kwargs, stdout=f, stderr=f)
     return type('ThisPython', (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec), start_kernel=start_kernel))
 
-# %% ../nbs/api/71_execute.ipynb #b140800f
+# %% ../nbs/api/71_execute.ipynb #7b6e02bb
 def inject(nb: dict, # notebook JSON
            values: dict, # name -> plain value
            ) -> dict: # the notebook with these values set behind its parameters cell, without old outputs
@@ -228,7 +238,7 @@ def inject(nb: dict, # notebook JSON
     meta = dict(kernelspec=dict(name='python3', language='python', display_name='Python 3'), language_info=dict(name='python'))
     return dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=4)
 
-# %% ../nbs/api/71_execute.ipynb #00b69ad6
+# %% ../nbs/api/71_execute.ipynb #85fdcfc1
 def execute(path: Path, # notebook: executed in place, in the current folder
             progress: bool = True, # pass its standard error on
             ) -> None:
@@ -241,7 +251,7 @@ def execute(path: Path, # notebook: executed in place, in the current folder
                                stderr_file=sys.stderr if progress else None, kernel_manager_class=kernel, iopub_timeout=60,
                                coalesce_streams=True)
 
-# %% ../nbs/api/71_execute.ipynb #c11a21e7
+# %% ../nbs/api/71_execute.ipynb #cb8fa544
 STYLE = """
 :root { color-scheme: light }
 body { margin: 0; background: #f6f7f9; color: #1f2328 }
@@ -266,7 +276,7 @@ details { margin: .3em 0 } summary { cursor: pointer; font-size: .75rem; letter-
 @media print { body { background: #fff } main { border: 0; margin: 0; max-width: none } details.code { display: none } }
 """
 
-# %% ../nbs/api/71_execute.ipynb #472f6ae1
+# %% ../nbs/api/71_execute.ipynb #ba0ee0b5
 FOLDS = """{%- extends 'basic/index.html.j2' -%}
 {%- block input_group -%}
 {%- if cell.source.strip() -%}
@@ -279,7 +289,7 @@ FOLDS = """{%- extends 'basic/index.html.j2' -%}
 POLICY = ("default-src 'none'; img-src data:; font-src data:; frame-src data:; "
           "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
 
-# %% ../nbs/api/71_execute.ipynb #65b5096f
+# %% ../nbs/api/71_execute.ipynb #f704f01d
 def body(notebook: Path # executed notebook
          ) -> str: # HTML: prose and outputs, code folded, static twins instead of widgets
     "The inside of the page."
@@ -296,26 +306,31 @@ def body(notebook: Path # executed notebook
     exporter.log.setLevel('ERROR')
     return exporter.from_notebook_node(nb)[0]
 
-# %% ../nbs/api/71_execute.ipynb #7feba542
+# %% ../nbs/api/71_execute.ipynb #00cd9a91
+def about(run: Run) -> str: # HTML
+    "When and where it ran, and all that was asked."
+    env = run.environment
+    date, took = env['started'][:16].replace('T', ' '), f"{env['seconds']:.1f} s on {env.get('device', '?')}"
+    values = {escape(k): escape(json.dumps(v, ensure_ascii=False)) for k, v in run.params.items()}
+    rows = [f'<tr><td>{k}</td><td>{v}</td></tr>' for k, v in values.items()]
+    return f"""<div class="about">{escape(f'{run.name}-{run.id} · {date} UTC · {took}')}<table>{''.join(rows)}</table></div>"""
+
+# %% ../nbs/api/71_execute.ipynb #8371152f
 def report(notebook: Path, # executed notebook
            run: Run, # what to say about it
            ) -> str: # one HTML page
     "The notebook as a page that needs nothing else."
     from pygments.formatters import HtmlFormatter
-    title, env = heading(read_notebook(notebook))[0] or run.name, run.environment
-    date, took = env['started'][:16].replace('T', ' '), f"{env['seconds']:.1f} s on {env.get('device', '?')}"
-    about = escape(f'{run.name}-{run.id} · {date} UTC · {took}')
-    values = {escape(k): escape(json.dumps(v, ensure_ascii=False)) for k, v in run.params.items()}
-    rows = [f'<tr><td>{k}</td><td>{v}</td></tr>' for k, v in values.items()]
+    title = heading(read_notebook(notebook))[0] or run.name
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title>
 <style>{STYLE}{HtmlFormatter().get_style_defs('.highlight')}</style></head><body><main>
-<div class="about">{about}<table>{''.join(rows)}</table></div>
+{about(run)}
 {body(notebook)}</main></body></html>
 """
 
-# %% ../nbs/api/71_execute.ipynb #250b634f
+# %% ../nbs/api/71_execute.ipynb #8b632562
 class RunFailed(RuntimeError):
     "The notebook raised an error; `run` is what is kept of it."
     def __init__(self, run: Run):
@@ -328,6 +343,7 @@ def shown(path: Path) -> str:
     "The path as seen from the current folder, when it lies below."
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
+# %% ../nbs/api/71_execute.ipynb #f80252c7
 def as_error(e: BaseException, # what stopped the run
              log: Path, # what the kernel process wrote outside of any cell
              ) -> dict: # ename, evalue, traceback (lines without colours), cell (execution count)
@@ -338,7 +354,7 @@ def as_error(e: BaseException, # what stopped the run
     lines = re.sub(r'\x1b\[[0-9;]*m', '', lines)
     return dict(ename=name, evalue=value, traceback=lines.splitlines()[-200:], cell=getattr(e, 'exec_count', None))
 
-# %% ../nbs/api/71_execute.ipynb #81482da5
+# %% ../nbs/api/71_execute.ipynb #fcf4f3b1
 def settle(folder: Path, # where the run worked
            facts: dict[str, dict], # file stem -> content: params, environment, error
            ) -> None:
@@ -347,6 +363,7 @@ def settle(folder: Path, # where the run worked
     notebook, own = folder/'executed.ipynb', json.dumps(str(folder))[1:-1]
     if notebook.exists(): write_whole(notebook, notebook.read_text(encoding='utf-8').replace(own, '.'))
 
+# %% ../nbs/api/71_execute.ipynb #43f542a6
 def keep_failure(folder: Path, # where the run worked
                  final: Path, # the name it would have had
                  facts: dict[str, dict], # params and environment
@@ -360,7 +377,20 @@ def keep_failure(folder: Path, # where the run worked
     publish(folder, kept)
     return load(kept)
 
-# %% ../nbs/api/71_execute.ipynb #7b6e02bb
+# %% ../nbs/api/71_execute.ipynb #81a58075
+def complete(folder: Path, # where a notebook went through
+             facts: dict[str, dict], # params and environment
+             ) -> None:
+    "Writes what a finished run has beside its notebook; a report that cannot be made is a warning."
+    settle(folder, facts)
+    (folder/'kernel.log').unlink(missing_ok=True)
+    if not (folder/'result.json').exists(): write_whole(folder/'result.json', '{}\n')
+    done = load(folder)
+    try: write_whole(folder/'report.html', report(folder/'executed.ipynb', done))
+    except Exception as e:
+        warnings.warn(f'{done.name}-{done.id} has a result, but no report: {type(e).__name__}: {e}', stacklevel=4)
+
+# %% ../nbs/api/71_execute.ipynb #a47d4f51
 def answer(nb: dict, # notebook that was asked, without values
            final: Path, # the run's folder when finished
            facts: dict[str, dict], # params, environment (without time)
@@ -376,20 +406,14 @@ def answer(nb: dict, # notebook that was asked, without values
         write_whole(folder/'executed.ipynb', json.dumps(inject(nb, {**facts['params'], 'out': str(folder)})))
         try: execute(folder/'executed.ipynb', progress)
         finally: env['seconds'] = round(time.monotonic() - clock, 3)
-        settle(folder, facts)
-        (folder/'kernel.log').unlink(missing_ok=True)
-        if not (folder/'result.json').exists(): write_whole(folder/'result.json', '{}\n')
-        done = load(folder)
-        try: write_whole(folder/'report.html', report(folder/'executed.ipynb', done))
-        except Exception as e:
-            warnings.warn(f'{final.name} has a result, but no report: {type(e).__name__}: {e}', stacklevel=3)
+        complete(folder, facts)
         first = publish(folder, final, replace)
     except ImportError: shutil.rmtree(folder); raise
     except Exception as e: raise RunFailed(keep_failure(folder, final, facts, e)) from None
     finally: shutil.rmtree(folder, ignore_errors=True)
     return load(final, cached=not first)
 
-# %% ../nbs/api/71_execute.ipynb #35ff93e8
+# %% ../nbs/api/71_execute.ipynb #85cd9b95
 class Question(NamedTuple):
     "A checked question and the name of its answer."
     path: Path    # the notebook
@@ -402,6 +426,7 @@ class Question(NamedTuple):
     @property
     def name(self) -> str: return self.final.name[:-13]
 
+# %% ../nbs/api/71_execute.ipynb #4f9a78cc
 def question(notebook: str | Path, # name of an experiment, or path of a notebook
              params: dict, # values by name
              store: str | Path = 'runs', # folder of runs
@@ -414,7 +439,7 @@ def question(notebook: str | Path, # name of an experiment, or path of a noteboo
     cells, data = [c['source'] for c in nb['cells'] if c['cell_type'] == 'code'], data_hashes(values, skip=[store])
     return Question(path, nb, values, data, store/f"{name}-{question_id(cells, values, data, source or digest(package_folder()))}")
 
-# %% ../nbs/api/71_execute.ipynb #65760b9b
+# %% ../nbs/api/71_execute.ipynb #e59cc952
 def run(notebook: str | Path, # name of an experiment, or path of a notebook
         store: str | Path = 'runs', # folder of runs
         force: bool = False, # run again, and replace the stored answer when complete
@@ -431,7 +456,7 @@ def run(notebook: str | Path, # name of an experiment, or path of a notebook
     facts = environment(q.path.parent, name=q.name, id=q.id, notebook=q.path.name, seed=q.values.get('seed'), data=q.data)
     return answer(q.nb, q.final, dict(params=q.values, environment=facts), progress, replace=force or q.final.exists())
 
-# %% ../nbs/api/71_execute.ipynb #8371152f
+# %% ../nbs/api/71_execute.ipynb #cb135825
 def answer_job() -> None:
     "What the process of a job does: a question from its standard input, the reply into a file."
     asked = json.loads(sys.stdin.readline())
@@ -447,7 +472,7 @@ def answer_job() -> None:
     except Exception as e: reply = dict(status='failed', path='', error=f'{type(e).__name__}: {e}')
     write_whole(asked['reply'], json.dumps(reply))
 
-# %% ../nbs/api/71_execute.ipynb #4b1a20ca
+# %% ../nbs/api/71_execute.ipynb #d226107e
 CHILD = """import sys, types
 package = types.ModuleType('sparse_workbench')
 package.__file__, package.__version__ = sys.argv[1] + '/__init__.py', sys.argv[2]
@@ -456,7 +481,28 @@ sys.modules['sparse_workbench'] = package
 from sparse_workbench.execute import answer_job
 answer_job()"""
 
-# %% ../nbs/api/71_execute.ipynb #8b632562
+# %% ../nbs/api/71_execute.ipynb #e6bcb4ac
+def asking(asked: dict, # of `run`, and where to write the reply
+           log: Path, # what the process says
+           cwd: str | Path = '.') -> subprocess.Popen:
+    "Starts the process of a job and hands it its question."
+    words = [sys.executable, '-c', CHILD, str(package_folder()), version('sparse_workbench') or '']
+    with log.open('wb') as f:
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=f, stderr=f, cwd=cwd, text=True,
+                                   env={**os.environ, 'PYTHONUNBUFFERED': '1'}, start_new_session=True)
+    with contextlib.suppress(OSError): print(json.dumps(asked), file=process.stdin, flush=True)
+    return process
+
+# %% ../nbs/api/71_execute.ipynb #fa7f4bd9
+def tail(log: Path, lines: int) -> str:
+    "The last lines of a log; of a progress bar only its last state."
+    try: data = log.read_bytes()[-65536:]
+    except OSError: return ''
+    text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', data.decode(errors='replace'))
+    kept = [line.rstrip('\r').rpartition('\r')[2] for line in text.split('\n')]
+    return '\n'.join([line for line in kept if line.strip()][-lines:])
+
+# %% ../nbs/api/71_execute.ipynb #6d3ee104
 class Job:
     "A run in a process of its own."
     def __init__(self, notebook: str | Path, # name of an experiment, or path of a notebook
@@ -468,11 +514,7 @@ class Job:
         self.store, self.log, self.path = Path(store).absolute(), Path(self.folder.name)/'log', Path(self.folder.name)/'reply.json'
         self.started, self.stopping = time.time(), False
         asked = dict(notebook=str(notebook), store=str(self.store), force=force, params=plain(params), reply=str(self.path))
-        words = [sys.executable, '-c', CHILD, str(package_folder()), version('sparse_workbench') or '']
-        with self.log.open('wb') as log:
-            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=cwd, text=True,
-                                            env={**os.environ, 'PYTHONUNBUFFERED': '1'}, start_new_session=True)
-        with contextlib.suppress(OSError): print(json.dumps(asked), file=self.process.stdin, flush=True)
+        self.process = asking(asked, self.log, cwd)
     @property
     def running(self) -> bool: return self.process.poll() is None
     @property
@@ -485,7 +527,7 @@ class Job:
         return self.reply
     def stop(self, grace: float = 10.) -> None: stop(self, grace)
 
-# %% ../nbs/api/71_execute.ipynb #21694119
+# %% ../nbs/api/71_execute.ipynb #b1aa7401
 def reply(job: Job) -> dict[str, str]: # status ('running', 'done', 'stored', 'failed', 'stopped'), path of the run, error
     "How the job stands, or how it ended."
     if job.running: return dict(status='running', path='', error='')
@@ -494,6 +536,7 @@ def reply(job: Job) -> dict[str, str]: # status ('running', 'done', 'stored', 'f
     said = job.tail(1).strip()
     return dict(status='failed', path='', error=f"the job's process ended with status {job.process.returncode}" + (f': {said}' if said else ''))
 
+# %% ../nbs/api/71_execute.ipynb #c8268f86
 def stop(job: Job, # a running one; nothing happens to another
          grace: float = 10., # seconds until it is killed
          ) -> None:
@@ -506,15 +549,7 @@ def stop(job: Job, # a running one; nothing happens to another
         except subprocess.TimeoutExpired: job.process.kill()
     threading.Thread(target=end, daemon=True).start()
 
-def tail(log: Path, lines: int) -> str:
-    "The last lines of a log; of a progress bar only its last state."
-    try: data = log.read_bytes()[-65536:]
-    except OSError: return ''
-    text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', data.decode(errors='replace'))
-    kept = [line.rstrip('\r').rpartition('\r')[2] for line in text.split('\n')]
-    return '\n'.join([line for line in kept if line.strip()][-lines:])
-
-# %% ../nbs/api/71_execute.ipynb #5505189b
+# %% ../nbs/api/71_execute.ipynb #3506013f
 def working(store: str | Path = 'runs') -> list[dict]: # name, id, host, pid, folder, started (seconds since 1970)
     "The runs that are being made just now, by any process of any machine that shares the store."
     found = []
@@ -525,12 +560,14 @@ def working(store: str | Path = 'runs') -> list[dict]: # name, id, host, pid, fo
             found.append(dict(name=m[1], id=m[2], host=m[3], pid=int(m[4]), folder=path, started=path.stat().st_ctime))
     return sorted(found, key=lambda x: x['started'])
 
+# %% ../nbs/api/71_execute.ipynb #6ad8348c
 def alive(pid: int) -> bool:
     "Whether a process of this machine exists and is more than a remainder."
     import psutil
     try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error: return False
 
+# %% ../nbs/api/71_execute.ipynb #6340d1df
 def done_cells(folder: Path) -> tuple[int, int]:
     "Code cells of a working run that are done, and all of them."
     try: cells = [c for c in json.loads((folder/'executed.ipynb').read_bytes())['cells'] if c['cell_type'] == 'code']
@@ -542,7 +579,7 @@ def cells_done(job: Job) -> tuple[int, int]:
     mine = [w['folder'] for w in working(job.store) if w['pid'] == job.process.pid]
     return done_cells(mine[0]) if mine else (0, 0)
 
-# %% ../nbs/api/71_execute.ipynb #309b086c
+# %% ../nbs/api/71_execute.ipynb #c8c1c41c
 def points(grid: dict # name -> values to try
            ) -> list[dict]: # name -> value, the last name changing fastest
     "Every combination of a grid."
@@ -552,6 +589,7 @@ def points(grid: dict # name -> values to try
         if not list(values): raise UsageError(f'the grid has no value for `{name}`')
     return [dict(zip(grid, values)) for values in itertools.product(*map(list, grid.values()))]
 
+# %% ../nbs/api/71_execute.ipynb #7cc5dbff
 @dataclasses.dataclass
 class Point:
     "One question of a sweep."
@@ -565,7 +603,7 @@ class Point:
     job: Job | None = None # while it works on this machine
     future: Any = None     # when it needs work: of concurrent.futures, or of Dask
 
-# %% ../nbs/api/71_execute.ipynb #43f542a6
+# %% ../nbs/api/71_execute.ipynb #5cc8858d
 def plan(notebook: str | Path, # name of an experiment, or path of a notebook
          grid: dict, # name -> values to try
          fixed: dict | None = None, # the same value for all
@@ -581,7 +619,7 @@ def plan(notebook: str | Path, # name of an experiment, or path of a notebook
         found.setdefault(q.final, Point(asked, q, 'stored' if stored else 'waiting', path=str(q.final) if stored else ''))
     return list(found.values())
 
-# %% ../nbs/api/71_execute.ipynb #8a3aff2e
+# %% ../nbs/api/71_execute.ipynb #d7ef8d4c
 ENDED = 'done', 'stored', 'failed', 'stopped'
 
 class Sweep:
@@ -603,12 +641,13 @@ class Sweep:
         return [dict(p.asked, status=p.status, **(load(p.path).scalars if p.status in ('done', 'stored') else {})) for p in self.points]
     def __repr__(self): return f"Sweep({len(self.points)} runs: {', '.join(f'{n} {s}' for s, n in self.counts.items())})"
 
-# %% ../nbs/api/71_execute.ipynb #81a58075
+# %% ../nbs/api/71_execute.ipynb #f71bec19
 def settle_point(p: Point, answered: dict) -> None:
     "Writes down how a point ended."
     p.seconds, p.job = (time.time() - p.started if p.started else 0.), None
     p.error, p.path, p.status = answered['error'], answered['path'], answered['status']
 
+# %% ../nbs/api/71_execute.ipynb #8cc00d3f
 def cancel(s: Sweep) -> None:
     "Waiting runs are not started, working ones are stopped; what is answered stays answered."
     s.cancelled = True
@@ -617,6 +656,7 @@ def cancel(s: Sweep) -> None:
         if p.status == 'waiting' and p.future and p.future.cancel() is not False: p.status = 'stopped'
         if (job := p.job) is not None: job.stop()
 
+# %% ../nbs/api/71_execute.ipynb #1b08f4b9
 def wait(s: Sweep, timeout: float | None = None) -> Sweep:
     "Until every run ended; TimeoutError after `timeout` seconds."
     until = math.inf if timeout is None else time.monotonic() + timeout
@@ -625,7 +665,7 @@ def wait(s: Sweep, timeout: float | None = None) -> Sweep:
         time.sleep(.05)
     return s
 
-# %% ../nbs/api/71_execute.ipynb #0622d8f6
+# %% ../nbs/api/71_execute.ipynb #91ca683b
 def work_here(s: Sweep, p: Point) -> Point:
     "A point by a process of this machine."
     try:
@@ -637,6 +677,7 @@ def work_here(s: Sweep, p: Point) -> Point:
     except Exception as e: settle_point(p, dict(status='failed', path='', error=f'{type(e).__name__}: {e}'))
     return p
 
+# %% ../nbs/api/71_execute.ipynb #85ee691d
 def on_processes(s: Sweep, workers: int) -> None:
     "Starts a sweep with `workers` processes of this machine."
     pool = ThreadPoolExecutor(workers, 'sweep')  # each thread only waits for its process
@@ -644,7 +685,7 @@ def on_processes(s: Sweep, workers: int) -> None:
         if p.status == 'waiting': p.future = pool.submit(work_here, s, p)
     pool.shutdown(wait=False)
 
-# %% ../nbs/api/71_execute.ipynb #65be50b4
+# %% ../nbs/api/71_execute.ipynb #adac04c1
 def work_there(asked: dict, # of Job
                topic: str, # name of the sweep
                n: int, # which point
@@ -659,6 +700,7 @@ def work_there(asked: dict, # of Job
     finally: job.stop(0)
     return job.reply
 
+# %% ../nbs/api/71_execute.ipynb #7a7265a8
 def client_of(scheduler, # 'dask': a cluster of this machine; an address; a file of a scheduler; a Dask client
               workers: int) -> tuple[Any, list]: # the client, and what to close in the end
     "A Dask client."
@@ -672,7 +714,14 @@ def client_of(scheduler, # 'dask': a cluster of this machine; an address; a file
         return (client := Client(local, set_as_default=False)), [client, local]
     return client, [client]
 
-# %% ../nbs/api/71_execute.ipynb #85cd9b95
+# %% ../nbs/api/71_execute.ipynb #fb9b0b33
+def settle_future(f, p: Point) -> None:
+    "Writes down how the Dask task of a point ended; also of one that was lost with its worker."
+    if f.status == 'finished': settle_point(p, f.result())
+    elif f.cancelled(): settle_point(p, dict(status='stopped', path='', error=''))
+    else: settle_point(p, dict(status='failed', path='', error=f'the Dask task failed: {f.exception()!r}'))
+
+# %% ../nbs/api/71_execute.ipynb #bebb9a0c
 def on_dask(s: Sweep, workers: int, scheduler) -> None:
     "Starts a sweep on a Dask cluster."
     try: from distributed import Event
@@ -682,10 +731,6 @@ def on_dask(s: Sweep, workers: int, scheduler) -> None:
     def began(event):
         p = todo[event[1]['n']]
         if p.status == 'waiting': p.status, p.started = 'running', event[1]['started']
-    def ended(f, p):
-        if f.status == 'finished': settle_point(p, f.result())
-        elif f.cancelled(): settle_point(p, dict(status='stopped', path='', error=''))
-        else: settle_point(p, dict(status='failed', path='', error=f'the Dask task failed: {f.exception()!r}'))
     def close():
         for x in own: x.close()
         own.clear()
@@ -694,9 +739,9 @@ def on_dask(s: Sweep, workers: int, scheduler) -> None:
     s.dashboard, s.close, s.halt = client.dashboard_link, close, Event(topic, client=client).set
     for n, p in enumerate(todo):
         p.future = client.submit(work_there, asked[n], topic, n, pure=False, key=f'{topic}-{n}')
-        p.future.add_done_callback(functools.partial(ended, p=p))
+        p.future.add_done_callback(functools.partial(settle_future, p=p))
 
-# %% ../nbs/api/71_execute.ipynb #4f9a78cc
+# %% ../nbs/api/71_execute.ipynb #6d9c9b66
 def sweep(notebook: str | Path, # name of an experiment, or path of a notebook
           grid: dict, # name -> values to try: every combination is a run
           fixed: dict | None = None, # name -> the same value for all

@@ -33,6 +33,7 @@ def find_cut(site: Site, score: Score, p: Pattern, sparsity: float) -> tuple[flo
     for _ in scan(site, score, p): pass
     return None
 
+# %% ../nbs/api/25_oneshot.ipynb #c7618e97
 def cut_site(site: Site, score: Score, p: Pattern, sparsity: float, cut: tuple[float, int] | None) -> int: # zeros in the weight afterwards
     "Write the zeros of one site, slab by slab."
     n = 0
@@ -43,7 +44,7 @@ def cut_site(site: Site, score: Score, p: Pattern, sparsity: float, cut: tuple[f
             n += int((w == 0).sum())
     return n
 
-# %% ../nbs/api/25_oneshot.ipynb #77f7e360
+# %% ../nbs/api/25_oneshot.ipynb #9ca5c41a
 def cut_at_once(ss: Sequence[Site], p: Pattern, known: Mapping[str, tuple[float, int]]) -> dict[str, int]: # zeros by name
     "Find the cuts that are not known, and cut all sites, without computing scores."
     for s in ss: check_shard(s, p)
@@ -57,13 +58,14 @@ def cut_at_once(ss: Sequence[Site], p: Pattern, known: Mapping[str, tuple[float,
     zeros = magnitude_zero_([s.weight for s in own], torch.tensor(values, dtype=torch.double), torch.tensor(ties))
     return dict.fromkeys((s.name for s in ss), 0) | dict(zip((s.name for s in own), zeros.tolist()))
 
+# %% ../nbs/api/25_oneshot.ipynb #1af94ded
 def check_all(ss: Sequence[Site]) -> None:
     "ValueError that names a site whose weight is not finite; one look at all weights where a GPU can."
     own = [s for s in ss if s.numel]
     if together(ss) and (magnitude_standing([s.weight for s in own], torch.full((len(own),), torch.inf, dtype=torch.double))[:, 0] == torch.tensor([s.numel for s in own])).all(): return
     for s in ss: check_finite(s)
 
-# %% ../nbs/api/25_oneshot.ipynb #c7618e97
+# %% ../nbs/api/25_oneshot.ipynb #1384d277
 def prune_sites(ss: Sequence[Site], # with `.sparsity` set
                 score: Score, p: Pattern,
                 known: Mapping[str, tuple[float, int]] = {}, # cuts that a global ranking has found already
@@ -73,7 +75,7 @@ def prune_sites(ss: Sequence[Site], # with `.sparsity` set
     cuts = {s.name: known.get(s.name) or find_cut(s, score, p, s.sparsity) for s in ss}
     return {s.name: cut_site(s, score, p, s.sparsity, cuts[s.name]) for s in ss}
 
-# %% ../nbs/api/25_oneshot.ipynb #58973460
+# %% ../nbs/api/25_oneshot.ipynb #1218d4ff
 def gather(model: nn.Module, ss: Sites, calibration: Any, *parts: Any) -> str: # how to name the calibration in the report
     "Collect the statistics that criterion, allocation and rule need; ValueError when there is no calibration to take them from."
     needs = list(dict.fromkeys(n for p in parts for n in getattr(p, 'needs', ())))
@@ -85,6 +87,7 @@ def gather(model: nn.Module, ss: Sites, calibration: Any, *parts: Any) -> str: #
     cal = collect(model, ss, calibration, missing) if missing else None
     return f', calibrated on {cal.name} ({len(cal.batches)} batches, hash {cal.hash})' if cal else ''
 
+# %% ../nbs/api/25_oneshot.ipynb #20677c25
 def ruled(ss: Sequence[Site], rule: Any, p: Pattern) -> dict[str, int]: # zeros by name
     "Run a rule on every site and apply its masks; an error puts every weight back."
     old = [s.weight.clone() for s in ss]
@@ -98,7 +101,7 @@ def ruled(ss: Sequence[Site], rule: Any, p: Pattern) -> dict[str, int]: # zeros 
         raise
     return {s.name: zeros(s) for s in ss}
 
-# %% ../nbs/api/25_oneshot.ipynb #12351046
+# %% ../nbs/api/25_oneshot.ipynb #2bd473fb
 def prune(model: nn.Module, # changed in place
           sparsity: float | None = None, # fraction of zeros; None when the pattern or a table says it
           *, score: Score = magnitude, # criterion

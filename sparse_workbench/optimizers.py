@@ -30,6 +30,7 @@ class MaskedAdam(torch.optim.Optimizer):
     def move(self, p: Tensor, group: dict[str, Any], ss: Sequence[Site]) -> None: # one parameter, one step
         move(self, p, group, ss)
 
+# %% ../nbs/api/24_optimizers.ipynb #7caf3c18
 @torch.no_grad()
 def take(opt: MaskedAdam, closure: Callable[[], Any] | None) -> Any: # what the closure returns
     "One step of every parameter that has a gradient."
@@ -43,7 +44,7 @@ def take(opt: MaskedAdam, closure: Callable[[], Any] | None) -> Any: # what the 
             if p.grad is not None: opt.move(p, group, masks.get(id(p), []))
     return loss
 
-# %% ../nbs/api/24_optimizers.ipynb #7caf3c18
+# %% ../nbs/api/24_optimizers.ipynb #8cd6326f
 def move(opt: MaskedAdam, p: Tensor, group: dict[str, Any], ss: Sequence[Site]) -> None:
     "w −= lr · û / (√v̂ + ε) with u = shape(μ), v of u², both corrected for their start at zero."
     st, (b1, b2) = opt.state[p], group['betas']
@@ -55,6 +56,7 @@ def move(opt: MaskedAdam, p: Tensor, group: dict[str, Any], ss: Sequence[Site]) 
     v, n = st['exp_avg_sq'].mul_(b2).addcmul_(x, x, value=1 - b2), int(st['step']) # type: ignore[arg-type]
     p.addcdiv_(u, (v.sqrt() / math.sqrt(1 - b2**n)).add_(group['eps']), value=-group['lr'] / (1 - b1**n))
 
+# %% ../nbs/api/24_optimizers.ipynb #f60ddc91
 def followed(opt: MaskedAdam, mu: Tensor, ss: Sequence[Site], t: int) -> Tensor:
     "The momentum, with its new shape where there is a mask."
     if opt.shape is None or not ss: return mu
@@ -63,7 +65,7 @@ def followed(opt: MaskedAdam, mu: Tensor, ss: Sequence[Site], t: int) -> Tensor:
         if s.mask is not None: s.of(u).copy_(opt.shape(s.of(mu), s.weight, s.mask, t))
     return u
 
-# %% ../nbs/api/24_optimizers.ipynb #74540a29
+# %% ../nbs/api/24_optimizers.ipynb #f6c627ba
 def pull_after(decay: float = 6e-5, # λ
                rise: int = 10_000, # steps until λ is reached
                ) -> Shape:
@@ -74,6 +76,7 @@ def pull_as_scripted(decay: float = 6e-5, rise: int = 10_000) -> Shape:
     "The same as the authors' GPT-2 script has it: −λ(t) (1 + m) θ is added everywhere."
     return lambda mu, w, mask, t: mu - (1 + mask.to(w.dtype)) * w * (decay * min(1., t / rise))
 
+# %% ../nbs/api/24_optimizers.ipynb #60330809
 def l1_after(strength: float = 4e-7, # λ
              steps: int = 1, # T
              ) -> Shape:
@@ -83,7 +86,7 @@ def l1_after(strength: float = 4e-7, # λ
         return torch.where(mask, mu, (1 - a) * mu + a * strength * w.sign())
     return shape
 
-# %% ../nbs/api/24_optimizers.ipynb #60330809
+# %% ../nbs/api/24_optimizers.ipynb #01243e21
 class StepAdam(MaskedAdam):
     "AdamW until the variances settle; from then on they stay as they are."
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (.9, .999), eps: float = 1e-8, weight_decay: float = 0., *,
@@ -114,7 +117,7 @@ class StepAdam(MaskedAdam):
     def move(self, p: Tensor, group: dict[str, Any], ss: Sequence[Site]) -> None: # one parameter, one step
         move_frozen(self, p, group) if self.switch is not None else watch(self, p, group)
 
-# %% ../nbs/api/24_optimizers.ipynb #4e409c11
+# %% ../nbs/api/24_optimizers.ipynb #010f83eb
 def watch(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
     "A step of AdamW; with a threshold, how much v has changed is noted."
     before = opt.state[p]['exp_avg_sq'].clone() if opt.threshold is not None and opt.state[p] else None
@@ -125,6 +128,7 @@ def watch(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
         total = (z.log() if opt.geometric else z).sum(dtype=torch.float64)
         opt.changes.append(torch.stack([total, torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)]))
 
+# %% ../nbs/api/24_optimizers.ipynb #a2783140
 def decide(opt: StepAdam) -> None:
     "Has the time come to freeze?"
     state, window = opt.param_groups[0], opt.param_groups[0]['window']
@@ -136,6 +140,7 @@ def decide(opt: StepAdam) -> None:
     settled = opt.threshold is not None and len(window) and state['taken'] > opt.earliest and sum(window) / len(window) < opt.threshold
     if opt.switch is None and (state['taken'] >= opt.latest or settled): state['switch'] = state['taken']
 
+# %% ../nbs/api/24_optimizers.ipynb #61d26a78
 def move_frozen(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
     "w −= lr · μ̂ / (√v* + ε)."
     st, b1 = opt.state[p], group['betas'][0]

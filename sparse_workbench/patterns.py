@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPS', 'cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern', 'fold', 'unfold', 'unstructured', 'per_row',
            'nm', 'block', 'row', 'col', 'channel', 'head', 'pattern', 'asked', 'drops', 'nm_keep_pairs', 'nm_keep',
-           'row_keep', 'ordered', 'unordered', 'digit_counts', 'key_counts', 'Cut', 'threshold', 'count', 'above',
-           'magnitudes', 'cut_magnitudes', 'stand_magnitudes', 'zero_magnitudes_', 'magnitude_cut',
+           'rows_by_value', 'row_keep', 'ordered', 'unordered', 'digit_counts', 'key_counts', 'Cut', 'threshold',
+           'count', 'above', 'magnitudes', 'cut_magnitudes', 'stand_magnitudes', 'zero_magnitudes_', 'magnitude_cut',
            'magnitude_standing', 'magnitude_zero_', 'sorted_keep', 'keep_top', 'squares', 'prices', 'repair',
            'exchange', 'search_squares', 'best_squares', 'square_keep', 'Transposable', 'transposable', 'row_unit',
            'check_scores', 'scan', 'together', 'at_once', 'check_shard', 'groups_before', 'masks']
@@ -60,7 +60,7 @@ def along(pattern: 'Pattern', shape: tuple[int, ...], axis: str, n: int, tile: i
     whole = n // unit * unit if pattern.tail == 'dense' else -(-n // tile) * tile
     return whole // tile, -(-whole // unit) * unit // tile
 
-# %% ../nbs/api/12_patterns.ipynb #e25975ea
+# %% ../nbs/api/12_patterns.ipynb #915f936e
 def geometry(p: 'Pattern', shape: tuple[int, ...]) -> Geometry:
     "The numbers that `fold` and `unfold` need for a weight (out, in, *kernel)."
     if len(shape) < 2: raise ValueError(f"a pattern needs a weight of at least 2 axes (out, in), not {tuple(shape)}")
@@ -73,7 +73,7 @@ def geometry(p: 'Pattern', shape: tuple[int, ...]) -> Geometry:
     (nr, pr), (nc, pc) = along(p, shape, 'out', out, r, p.group[0]), along(p, shape, 'in', inner, c, p.group[1])
     return Geometry(r, c, nr, nc, pr if p.group[0] == -1 else p.group[0], k * pc if p.group[1] == -1 else p.group[1], pr, pc, k)
 
-# %% ../nbs/api/12_patterns.ipynb #915f936e
+# %% ../nbs/api/12_patterns.ipynb #f10092ba
 @dataclass(frozen=True, repr=False)
 class Pattern:
     "Tiles that compete inside groups. -1 is the whole axis; `group` counts tiles."
@@ -104,7 +104,7 @@ class Pattern:
         f = self.fold(scores)
         return self.unfold(self.keep(f, drops(self, f.size(0), f.size(1), asked(self if sparsity is None else Pattern(), sparsity))), scores.shape)
 
-# %% ../nbs/api/12_patterns.ipynb #06a280c0
+# %% ../nbs/api/12_patterns.ipynb #bf4f553e
 def fold(p: Pattern, scores: Tensor) -> Tensor:
     "(out, in, *kernel) -> (groups, tiles in a group), with scores summed inside a tile."
     g = geometry(p, tuple(scores.shape))
@@ -118,7 +118,7 @@ def fold(p: Pattern, scores: Tensor) -> Tensor:
     if not m.numel(): return m.new_zeros(0, g.gr * g.gc)
     return m.reshape(g.pr // g.gr, g.gr, g.k * g.pc // g.gc, g.gc).transpose(1, 2).reshape(-1, g.gr * g.gc)
 
-# %% ../nbs/api/12_patterns.ipynb #768df70d
+# %% ../nbs/api/12_patterns.ipynb #a0db19f1
 def unfold(p: Pattern, keep: Tensor, shape: tuple[int, ...], rest: Any = True) -> Tensor:
     "Undo `fold` for an answer: every weight gets the verdict of its tile; what was left out of the groups gets `rest`, so it is kept."
     g = geometry(p, shape)
@@ -133,7 +133,7 @@ def unfold(p: Pattern, keep: Tensor, shape: tuple[int, ...], rest: Any = True) -
     if p.tile[1] == -1 and p.layout == 'channels_last': m = m.reshape(shape[0], inner // max(1, shape[1]), shape[1])
     return uncells(m, shape, p.layout)
 
-# %% ../nbs/api/12_patterns.ipynb #cb6786b9
+# %% ../nbs/api/12_patterns.ipynb #bc7230cb
 def unstructured() -> Pattern:
     "Every weight competes with every other of its matrix."
     return Pattern(name='unstructured()')
@@ -142,6 +142,7 @@ def per_row() -> Pattern:
     "Weights compete inside their output row ([Wanda](https://arxiv.org/abs/2306.11695))."
     return Pattern(group=(1, -1), name='per_row()')
 
+# %% ../nbs/api/12_patterns.ipynb #90e59427
 def nm(keep: int, # kept weights in a group
        of: int, # neighbours in a group
        axis: str = 'in', # groups run along 'in' (the axis a forward matmul sums over) or 'out'
@@ -156,7 +157,7 @@ def nm(keep: int, # kept weights in a group
     return Pattern(group=(1, of) if axis == 'in' else (of, 1), layout=layout, tail=tail, sparsity=1 - keep / of,
                    name=f'nm({keep}, {of}{more}): keeps {keep} of {of} along {axis}')
 
-# %% ../nbs/api/12_patterns.ipynb #df4881a6
+# %% ../nbs/api/12_patterns.ipynb #24403a85
 def block(rows: int, # height of a block, in outputs
           cols: int | None = None, # width, in inputs; square when left out
           balanced: bool = False, # every block row keeps the same number of blocks
@@ -165,6 +166,7 @@ def block(rows: int, # height of a block, in outputs
     cols = rows if cols is None else cols
     return Pattern((rows, cols), (1, -1) if balanced else (-1, -1), tail=tail, name=f"block({rows}, {cols}{', balanced=True' * balanced}{f', tail={tail!r}' * (tail != 'raise')})")
 
+# %% ../nbs/api/12_patterns.ipynb #151b4ae8
 def row() -> Pattern:
     "Whole outputs: rows of a Linear weight, filters of a convolution."
     return Pattern((1, -1), name='row()')
@@ -177,13 +179,14 @@ def channel() -> Pattern:
     "Whole input channels, with all their kernels."
     return Pattern((-1, 1), layout='kernel', name='channel()')
 
+# %% ../nbs/api/12_patterns.ipynb #2d629bd8
 def head(d: int, # size of an attention head
          axis: str = 'out') -> Pattern: # 'out' for q, k and v projections, 'in' for the output projection
     "Whole attention heads: `d` neighbouring rows (or columns) stay or go together."
     if axis not in ('in', 'out'): raise ValueError(f"axis {axis!r}: use 'in' or 'out'")
     return Pattern((d, -1) if axis == 'out' else (-1, d), name=f"head({d}{', axis=' + repr(axis) if axis != 'out' else ''})")
 
-# %% ../nbs/api/12_patterns.ipynb #170adc68
+# %% ../nbs/api/12_patterns.ipynb #90cb0052
 def pattern(text: Any # 'unstructured', 'per_row', '2:4', '2:4:out', '2:4:both', 'block32', 'block64x32', 'row', 'col', 'channel', 'head64', or a Pattern
             ) -> Pattern:
     "Read a pattern from a string. The first number of '2:4' counts what is kept."
@@ -196,7 +199,7 @@ def pattern(text: Any # 'unstructured', 'per_row', '2:4', '2:4:out', '2:4:both',
     if m := re.fullmatch(r'head\(?(\d+)\)?', t): return head(int(m[1]))
     raise ValueError(f"unknown pattern {text!r}: use {', '.join(plain)}, '2:4' (keeps 2 of 4), '2:4:out', '2:4:both', 'block32', 'block64x32' or 'head64'")
 
-# %% ../nbs/api/12_patterns.ipynb #d60fcbea
+# %% ../nbs/api/12_patterns.ipynb #2fa33918
 def asked(p: Pattern, sparsity: float | None) -> float: # the fraction of zeros to make
     "Check an asked sparsity against the pattern; ValueError that says what to type."
     if sparsity is None:
@@ -209,7 +212,7 @@ def asked(p: Pattern, sparsity: float | None) -> float: # the fraction of zeros 
         raise ValueError(f"{p!r}, which is sparsity {p.sparsity:g}, but {sparsity:g} was asked: leave sparsity out, or take another pattern")
     return float(sparsity)
 
-# %% ../nbs/api/12_patterns.ipynb #12e2632c
+# %% ../nbs/api/12_patterns.ipynb #801a9791
 def drops(p: Pattern, groups: int, size: int, # tiles in a group
           sparsity: float, # fraction of zeros
           first: int = 0, # index of the first of these groups, when they are a part of a weight's
@@ -223,7 +226,7 @@ def drops(p: Pattern, groups: int, size: int, # tiles in a group
     edges = (torch.arange(first, first + groups + 1, dtype=torch.float64) * x).round().long()
     return edges.diff() if groups > 1 else int(edges[1] - edges[0])
 
-# %% ../nbs/api/12_patterns.ipynb #90e59427
+# %% ../nbs/api/12_patterns.ipynb #935a177d
 def nm_keep_pairs(scores: Tensor, keep: int) -> Tensor:
     "Keep the best of small groups by counting who beats whom."
     x = scores.unbind(1)
@@ -235,6 +238,7 @@ def nm_keep_pairs(scores: Tensor, keep: int) -> Tensor:
             lost[i] = lost[i] + (~wins).to(torch.uint8)
     return torch.stack([torch.as_tensor(n, device=scores.device).expand(len(scores)) < keep for n in lost], 1)
 
+# %% ../nbs/api/12_patterns.ipynb #6d9ea62b
 OPS = torch.library.Library('sparse_workbench', 'FRAGMENT')
 if not hasattr(torch.ops.sparse_workbench, 'nm_keep'):
     OPS.define('nm_keep(Tensor scores, int keep) -> Tensor')
@@ -247,10 +251,8 @@ def nm_keep(scores: Tensor, # (groups, size)
     "Keep the best of small groups, by the kernel of the device where there is one."
     return torch.ops.sparse_workbench.nm_keep(scores, keep)
 
-# %% ../nbs/api/12_patterns.ipynb #24403a85
-def row_keep(scores: Tensor, # (groups, size)
-             drop: int, # how many go from every group
-             ) -> Tensor: # bool
+# %% ../nbs/api/12_patterns.ipynb #a7fe36de
+def rows_by_value(scores: Tensor, drop: int) -> Tensor:
     "Keep the best of long groups by their k-th value; ties go to the first."
     edge = scores.kthvalue(drop + 1, dim=1, keepdim=True).values
     keep, ties = scores > edge, scores == edge
@@ -259,7 +261,18 @@ def row_keep(scores: Tensor, # (groups, size)
     if crowded.any(): ties[crowded] &= ties[crowded].cumsum(1) <= room[crowded]
     return keep | ties
 
-# %% ../nbs/api/12_patterns.ipynb #151b4ae8
+if not hasattr(torch.ops.sparse_workbench, 'row_keep'):
+    OPS.define('row_keep(Tensor scores, int drop) -> Tensor')
+    OPS.impl('row_keep', rows_by_value, 'CompositeExplicitAutograd')
+    torch.library.register_fake('sparse_workbench::row_keep', lambda scores, drop: torch.empty_like(scores, dtype=torch.bool))
+
+def row_keep(scores: Tensor, # (groups, size)
+             drop: int, # how many go from every group
+             ) -> Tensor: # bool, like `scores`; ties go to the first
+    "Keep the best of long groups, by the kernel of the device where there is one."
+    return torch.ops.sparse_workbench.row_keep(scores, drop)
+
+# %% ../nbs/api/12_patterns.ipynb #07489309
 def ordered(x: Tensor) -> Tensor: # integers of the same width whose order is the order of the floats; -0 equals 0
     "The bits of a float as a sortable integer."
     i, sign = bits(x + 0.), 8 * x.element_size() - 1
@@ -270,7 +283,7 @@ def unordered(key: int, dtype: torch.dtype) -> float:
     i = bits(torch.empty((), dtype=dtype))
     return i.fill_(key if key >= 0 else key ^ (2**(8 * i.element_size() - 1) - 1)).view(dtype).item()
 
-# %% ../nbs/api/12_patterns.ipynb #2d629bd8
+# %% ../nbs/api/12_patterns.ipynb #96ff9b66
 def digit_counts(x: Tensor, prefix: int, known: int) -> Tensor:
     "Count 16 bits of the keys by `bincount`."
     k, width = ordered(x.detach().reshape(-1)), 8 * x.element_size()
@@ -288,7 +301,7 @@ def key_counts(x: Tensor, # scores
     "One step of a radix select, by the kernel of the device where there is one."
     return torch.ops.sparse_workbench.key_counts(x, prefix, known)
 
-# %% ../nbs/api/12_patterns.ipynb #7cbe98a2
+# %% ../nbs/api/12_patterns.ipynb #806a3c70
 class Cut(NamedTuple):
     "Where a ranking is cut."
     value: float    # what lies above stays, what lies below goes
@@ -311,7 +324,7 @@ def threshold(chunks: Callable[[], Iterable[tuple[Tensor, int]]], # gives the sa
         prefix, known = (prefix << 16) + i if known else i - 2**15, known + 16
         if known == width: return Cut(unordered(prefix, dtype), int(total[i]) - drop)
 
-# %% ../nbs/api/12_patterns.ipynb #444093f0
+# %% ../nbs/api/12_patterns.ipynb #1b0d0df1
 def count(compare: Callable, # torch.lt, torch.eq, …
           x: Tensor, value: float) -> int:
     "How many of x stand so to the value."
@@ -327,7 +340,7 @@ def above(scores: Tensor, # any shape
     on = scores == value
     return (scores > value) | (on & (on.reshape(-1).cumsum(0) <= ties).reshape(on.shape)), 0
 
-# %% ../nbs/api/12_patterns.ipynb #660df4c4
+# %% ../nbs/api/12_patterns.ipynb #a0224982
 def magnitudes(x: Tensor) -> Iterator[Tensor]:
     "|x| by pieces, in the order of its memory."
     return (c.abs() for c in x.detach().reshape(-1).split(2**20))
@@ -341,6 +354,7 @@ def stand_magnitudes(xs: list[Tensor], values: Tensor) -> Tensor:
     "The counts by comparison."
     return torch.tensor([[sum(count(f, c, v) for c in magnitudes(x)) for f in (torch.lt, torch.eq)] for x, v in zip(xs, values.tolist())]).reshape(len(xs), 2)
 
+# %% ../nbs/api/12_patterns.ipynb #d2c7bdac
 def zero_magnitudes_(xs: list[Tensor], values: Tensor, ties: Tensor) -> Tensor:
     "The zeros, piece by piece."
     zeros = torch.zeros(len(xs), dtype=torch.long)
@@ -350,7 +364,7 @@ def zero_magnitudes_(xs: list[Tensor], values: Tensor, ties: Tensor) -> Tensor:
             zeros[i] += part.numel() - int(torch.count_nonzero(masked_(part, keep)))
     return zeros
 
-# %% ../nbs/api/12_patterns.ipynb #801a9791
+# %% ../nbs/api/12_patterns.ipynb #82096f19
 if not hasattr(torch.ops.sparse_workbench, 'magnitude_cut'):
     OPS.define('magnitude_cut(Tensor[] xs, int[] groups, int[] drops) -> (Tensor, Tensor)')
     OPS.define('magnitude_standing(Tensor[] xs, Tensor values) -> Tensor')
@@ -377,7 +391,7 @@ def magnitude_zero_(xs: Sequence[Tensor], # contiguous; changed in place
     "Prune each tensor at its value."
     return torch.ops.sparse_workbench.magnitude_zero_(xs, values, ties)
 
-# %% ../nbs/api/12_patterns.ipynb #935a177d
+# %% ../nbs/api/12_patterns.ipynb #14f4ca54
 def sorted_keep(scores: Tensor, # (1, size)
                 drop: int) -> Tensor: # bool
     "Keep the best of one long group by sorting; ties go to the first."
@@ -385,7 +399,7 @@ def sorted_keep(scores: Tensor, # (1, size)
     keep, ties = scores > edge, scores == edge
     return keep | (ties & (ties.cumsum(1) <= scores.size(1) - drop - keep.sum(1, keepdim=True)))
 
-# %% ../nbs/api/12_patterns.ipynb #7eb3d1a5
+# %% ../nbs/api/12_patterns.ipynb #df702aa3
 def keep_top(folded: Tensor, # (groups, tiles in a group)
              drop: int | Tensor, # tiles to drop from every group, or from each
              ) -> Tensor: # bool, like `folded`
@@ -400,7 +414,7 @@ def keep_top(folded: Tensor, # (groups, tiles in a group)
     if groups == 1: return above(folded, *threshold(lambda: ((f, 1) for f in folded.reshape(-1).split(2**20)), drop))[0]
     return nm_keep(folded, size - drop) if size <= 16 else row_keep(folded, drop)
 
-# %% ../nbs/api/12_patterns.ipynb #a7fe36de
+# %% ../nbs/api/12_patterns.ipynb #4790ad72
 @cache
 def squares(keep: int, of: int) -> Tensor: # bool (masks, of, of)
     "Every mask of a square that keeps `keep` in each row and each column; what is further to the left comes first."
@@ -409,7 +423,7 @@ def squares(keep: int, of: int) -> Tensor: # bool (masks, of, of)
     m = rows[all_]
     return m[(m.sum(1) == keep).all(1)]
 
-# %% ../nbs/api/12_patterns.ipynb #07489309
+# %% ../nbs/api/12_patterns.ipynb #8dc966a9
 def prices(x: Tensor, # (squares, of, of) scores, at most 1 in magnitude
            keep: int, sweeps: int = 12) -> Tensor: # (squares, 1, of)
     "Prices of columns at which the `keep` best of every row fill every column, nearly."
@@ -421,6 +435,7 @@ def prices(x: Tensor, # (squares, of, of) scores, at most 1 in magnitude
         heat = max(.8 * heat, .02)
     return v
 
+# %% ../nbs/api/12_patterns.ipynb #452a3b69
 def repair(y: Tensor, # (squares, of, of) scores after prices
            m: Tensor, # bool, `keep` in every row
            keep: int) -> Tensor: # bool, `keep` in every row and every column
@@ -434,7 +449,7 @@ def repair(y: Tensor, # (squares, of, of) scores after prices
         m[i, row[i], from_[at, row][i]], m[i, row[i], to[at, row][i]] = False, True
     return m
 
-# %% ../nbs/api/12_patterns.ipynb #29017315
+# %% ../nbs/api/12_patterns.ipynb #d9ef4f03
 def exchange(x: Tensor, m: Tensor, rounds: int = 8) -> Tensor:
     "Pairs of rows exchange two columns while both together gain."
     of, col, m = x.size(1), torch.arange(x.size(1), device=x.device), m.clone()
@@ -450,6 +465,7 @@ def exchange(x: Tensor, m: Tensor, rounds: int = 8) -> Tensor:
         if torch.equal(m, before): break
     return m
 
+# %% ../nbs/api/12_patterns.ipynb #66491a95
 def search_squares(w: Tensor, # (squares, of, of) scores
                    keep: int) -> Tensor: # bool like the scores
     "Legal masks of squares by prices, repairs and exchanges."
@@ -459,7 +475,7 @@ def search_squares(w: Tensor, # (squares, of, of) scores
     m = torch.zeros_like(y, dtype=torch.bool).scatter_(2, y.sort(dim=2, descending=True, stable=True).indices[..., :keep], True)
     return exchange(x, repair(y, m, keep))
 
-# %% ../nbs/api/12_patterns.ipynb #96ff9b66
+# %% ../nbs/api/12_patterns.ipynb #b0133bb1
 def best_squares(w: Tensor, keep: int) -> Tensor:
     "All masks for squares up to 4 × 4, the search beyond."
     of = w.size(1)
@@ -478,7 +494,7 @@ def square_keep(scores: Tensor, # (squares, of, of)
     "The best (up to 4 × 4) or a good legal mask of every square, by the kernel of the device where there is one."
     return torch.ops.sparse_workbench.square_keep(scores, keep)
 
-# %% ../nbs/api/12_patterns.ipynb #24e0865b
+# %% ../nbs/api/12_patterns.ipynb #9d9079e1
 @dataclass(frozen=True, repr=False)
 class Transposable(Pattern):
     "N:M along both axes: squares, in which every row and every column keeps as many."
@@ -489,6 +505,7 @@ class Transposable(Pattern):
         if not 0 < n < of or not len(folded): return torch.full_like(folded, n > 0, dtype=torch.bool)
         return square_keep(folded.view(-1, of, of), int(n)).reshape(folded.shape)
 
+# %% ../nbs/api/12_patterns.ipynb #6974b49b
 def transposable(keep: int, # kept weights in each row and each column of a square
                  of: int, # side of the square
                  layout: str = 'channels_last', # for convolutions; see `cells`
@@ -499,12 +516,13 @@ def transposable(keep: int, # kept weights in each row and each column of a squa
     p = nm(keep, of, layout=layout, tail=tail)
     return Transposable(group=(of, of), layout=layout, tail=tail, sparsity=p.sparsity, name=p.name.replace('nm', 'transposable', 1) + ' and out')
 
-# %% ../nbs/api/12_patterns.ipynb #af8c28d1
+# %% ../nbs/api/12_patterns.ipynb #70684e74
 def row_unit(p: Pattern) -> int: # rows that must stay together, 0 = all of them
     "A slab may be cut between multiples of this many rows."
     if p.tile[0] == -1 or (p.group[0] == -1 and p.group[1] != -1): return 0
     return p.tile[0] * max(1, p.group[0])
 
+# %% ../nbs/api/12_patterns.ipynb #17c826d1
 def check_scores(site: Site, x: Any, score: Callable) -> Tensor:
     "ValueError that names criterion and site when scores do not fit the weight or are not finite."
     name = getattr(score, '__name__', repr(score))
@@ -515,6 +533,7 @@ def check_scores(site: Site, x: Any, score: Callable) -> Tensor:
         raise ValueError(f"{name} gives NaN or infinite scores for {site.name}, whose weights are finite")
     return x
 
+# %% ../nbs/api/12_patterns.ipynb #4740edc0
 def scan(site: Site, # the weight
          score: Callable[[Site], Tensor], # criterion: larger = more important
          p: Pattern) -> Iterator[tuple[Site, Tensor]]: # (slab, folded scores), in the order of the rows
@@ -523,7 +542,7 @@ def scan(site: Site, # the weight
     unit = row_unit(p) if getattr(score, 'rowwise', False) else 0
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
-# %% ../nbs/api/12_patterns.ipynb #9bb059e5
+# %% ../nbs/api/12_patterns.ipynb #dcb1969b
 def together(sites: Sequence[Site]) -> bool:
     "Are the weights contiguous, of one type, on one GPU, so that one launch can take them all?"
     ws = [s.weight for s in sites if s.numel]
@@ -534,7 +553,7 @@ def at_once(sites: Sequence[Site], p: Pattern, score: Callable) -> bool:
     plain = all(s.shape[:2].numel() == s.numel or p.layout == 'flat' for s in sites)
     return score is magnitude and type(p) is Pattern and (p.tile, p.group) == ((1, 1), (-1, -1)) and plain and together(sites)
 
-# %% ../nbs/api/12_patterns.ipynb #113052f3
+# %% ../nbs/api/12_patterns.ipynb #be3dc17c
 def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
     "ValueError when pattern or criterion compare weights that lie on different ranks."
     places = getattr(site.parameter, 'placements', ())
@@ -542,17 +561,19 @@ def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
     for place in places:
         if place.is_partial() or place.is_shard() and (place.dim != out or not row_unit(p) or p.group[0] == -1 or site.shape[0] % row_unit(p)):
             raise ValueError(f"{site.name} is sharded as {places} and {p!r} compares across shards: "
-                             f"use a pattern inside rows, such as nm(2, 4) or per_row(), on weights sharded by rows")
+                             f"use a pattern inside rows, such as nm(2, 4) or per_row(), on weights sharded by rows"
+                             + f", here its axis {out}: fully_shard(..., shard_placement_fn=lambda p: Shard({out})), before a host gets the model" * (place.is_shard() and place.dim != out))
         if place.is_shard() and score is not None and not getattr(score, 'rowwise', False):
             raise ValueError(f"{site.name} is sharded as {places}, and {getattr(score, '__name__', score)} may look at the whole weight: "
                              f"take another criterion, or mark yours with @criterion() when a row's score depends on that row alone")
 
-# %% ../nbs/api/12_patterns.ipynb #64b48217
+# %% ../nbs/api/12_patterns.ipynb #03998eab
 def groups_before(site: Site, p: Pattern) -> int:
     "Groups of the whole weight that lie before the site's, on other ranks."
     g, unit = geometry(p, tuple(site.shape)), row_unit(p)
     return first_row(site) // unit * (g.k * g.pc // g.gc) if unit and g.gc else 0
 
+# %% ../nbs/api/12_patterns.ipynb #6ad4cbe2
 def masks(site: Site, # the weight
           score: Callable[[Site], Tensor], # criterion: larger = more important
           p: Pattern,

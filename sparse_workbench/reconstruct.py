@@ -19,6 +19,7 @@ class Root(NamedTuple):
     u: Tensor       # (in, in) upper triangle with inv(H) = u.T @ u, H damped
     dead: Tensor    # bool (in,): inputs that are always zero
 
+# %% ../nbs/api/21_reconstruct.ipynb #1450663a
 def inverse_root(hessian: Tensor, # (in, in): x.T @ x over calibration inputs, times any positive number
                  damping: float = .01, # added to the diagonal, in units of its mean
                  ) -> Root: # in the dtype of the Hessian, float32 or float64
@@ -32,7 +33,7 @@ def inverse_root(hessian: Tensor, # (in, in): x.T @ x over calibration inputs, t
     if bad: raise ValueError(f"the Hessian {tuple(h.shape)} with damping {damping:g} is not positive definite: use more samples, float64 or damping={max(10 * damping, 1e-4):g}")
     return Root(torch.linalg.solve_triangular(low.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True), dead)
 
-# %% ../nbs/api/21_reconstruct.ipynb #8b9c8f87
+# %% ../nbs/api/21_reconstruct.ipynb #b2df1803
 def sweep_columns(w: Tensor, u: Tensor, mask: Tensor, keep: int, of: int) -> tuple[Tensor, Tensor]:
     "The sweep as it is written down."
     d, errors, mask = u.diagonal(), torch.empty_like(w), mask.clone()
@@ -47,6 +48,7 @@ if not hasattr(torch.ops.sparse_workbench, 'sweep_block'):
     OPS.define('sweep_block(Tensor(a!) w, Tensor u, Tensor mask, int keep, int of) -> (Tensor, Tensor)')
     OPS.impl('sweep_block', sweep_columns, 'CompositeExplicitAutograd')
 
+# %% ../nbs/api/21_reconstruct.ipynb #438f8344
 def sweep_block(w: Tensor, # (out, block): some columns of the weight; changed in place
                 u: Tensor, # (block, block): the same columns and rows of the root
                 mask: Tensor, # bool like w, True = kept; read when `of` is 0
@@ -56,7 +58,7 @@ def sweep_block(w: Tensor, # (out, block): some columns of the weight; changed i
     "Prune columns one after the other, each loss carried to the right; by the kernel of the device where there is one."
     return torch.ops.sparse_workbench.sweep_block(w, u, mask, keep, of)
 
-# %% ../nbs/api/21_reconstruct.ipynb #66396397
+# %% ../nbs/api/21_reconstruct.ipynb #8ba9dd97
 def block_mask(w: Tensor, # (out, block)
                d: Tensor, # (block,): diagonal of the root
                p: Pattern, drop: int, # weights of the block that go
@@ -66,6 +68,7 @@ def block_mask(w: Tensor, # (out, block)
     if p.group[0] == 1: return keep_top(scores, torch.full((len(w),), drop // len(w)) + (torch.arange(len(w)) < drop % len(w)) if drop % len(w) else drop // len(w))
     return keep_top(scores.reshape(1, -1), drop).view_as(w)
 
+# %% ../nbs/api/21_reconstruct.ipynb #3ec58666
 def sweep(weight: Tensor, # (out, in), any float dtype; not changed
           root: Root, # of its inputs; the sweep computes in its dtype
           pattern: Pattern, # unstructured(), per_row() or nm along in
@@ -85,7 +88,7 @@ def sweep(weight: Tensor, # (out, in), any float dtype; not changed
         w[:, j:].addmm_(errors, root.u[i:j, j:], alpha=-1)
     return w.to(weight.dtype), mask
 
-# %% ../nbs/api/21_reconstruct.ipynb #f107d8f7
+# %% ../nbs/api/21_reconstruct.ipynb #f2201d03
 def check_sweep(weight: Tensor, root: Root, p: Pattern, block: int) -> None:
     "ValueError when a weight cannot be swept so."
     if weight.ndim != 2 or root.u.shape != (weight.size(1),) * 2:

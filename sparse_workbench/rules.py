@@ -59,6 +59,7 @@ def counts(site: Site, p: Pattern) -> tuple[Tensor, Tensor]: # bool (groups, til
     now = p.fold(torch.ones_like(site.weight) if site.mask is None else site.mask.to(site.weight.dtype)) > 0
     return now, (now.size(1) - torch.as_tensor(drops(p, now.size(0), now.size(1), site.sparsity, groups_before(site, p)))).expand(len(now))
 
+# %% ../nbs/api/20_rules.ipynb #7f09458e
 def best(scores: Tensor, # (groups, tiles)
          among: Tensor, # bool like `scores`: the candidates
          n: Tensor, # (groups,) how many stay, no more than there are candidates
@@ -74,7 +75,7 @@ def at_zero(site: Site, old: Tensor) -> Tensor: # bool like the mask
     "Kept weights that are zero: those that begin now."
     return (site.weight == 0) & site.mask if site.mask is not None else ~old
 
-# %% ../nbs/api/20_rules.ipynb #ede43dfd
+# %% ../nbs/api/20_rules.ipynb #d80709b9
 def drop_grow(drop_score: Score = magnitude, # what is small goes
               grow_score: Score = gradient, # what is large comes
               fraction: float | Schedule = .3, # share of the kept that is exchanged; a number or a function of the step
@@ -97,7 +98,7 @@ def drop_grow(drop_score: Score = magnitude, # what is small goes
     rule.needs, rule.__name__, rule.forgets = needs, f'drop_grow({named(drop_score)}, {named(grow_score)})', at_zero # type: ignore[attr-defined]
     return rule
 
-# %% ../nbs/api/20_rules.ipynb #6f130b94
+# %% ../nbs/api/20_rules.ipynb #4b91ee9f
 def carry(rule: Rule, # the rule that is wrapped
           new: Rule) -> Rule: # the wrapper
     "Name, needs and memory of a rule pass to the rule that wraps it."
@@ -113,6 +114,7 @@ def explored(rule: Rule) -> Rule:
         site.stats['explored'] = site.stats.get('explored', site.mask) | site.mask
     return carry(rule, watch)
 
+# %% ../nbs/api/20_rules.ipynb #ccca60b9
 def exploration(sites: Iterable[Site]) -> float:
     "ITOP's R: the fraction of all weights that were active at some time."
     sites = list(sites)
@@ -120,7 +122,7 @@ def exploration(sites: Iterable[Site]) -> float:
         raise ValueError(f"nobody watched {missing[0]}: make the rule explored(rule) before training")
     return sum(int(s.stats['explored'].sum()) for s in sites) / max(1, sum(s.numel for s in sites))
 
-# %% ../nbs/api/20_rules.ipynb #8782f142
+# %% ../nbs/api/20_rules.ipynb #6200d809
 def nowhere(site: Site, old: Tensor) -> Tensor: # bool like the mask
     "Nothing is forgotten."
     return torch.zeros_like(old)
@@ -136,7 +138,7 @@ def forgetting(rule: Rule, where: Callable[[Site, Tensor], Tensor]) -> Rule:
     carry(rule, same).forgets = where # type: ignore[attr-defined]
     return same
 
-# %% ../nbs/api/20_rules.ipynb #ccca60b9
+# %% ../nbs/api/20_rules.ipynb #5632f685
 def rewire(noise: float = 1e-5, # standard deviation of what is added to every kept weight at each step
            seed: int = 0, start: Score = random) -> Rule:
     "Deep rewiring: weights that change sign go dormant, dormant ones are drawn at random in their place."
@@ -155,7 +157,7 @@ def rewire(noise: float = 1e-5, # standard deviation of what is added to every k
     rule.needs, rule.__name__ = (), 'rewire' # type: ignore[attr-defined]
     return rule
 
-# %% ../nbs/api/20_rules.ipynb #6200d809
+# %% ../nbs/api/20_rules.ipynb #f5de56ad
 def two_sets(score: Score = magnitude,
              wider: float = 2., # how many times as many weights learn as are seen
              ) -> Rule:
@@ -170,7 +172,7 @@ def two_sets(score: Score = magnitude,
     carry(see, rule).latent = True # type: ignore[attr-defined]
     return rule
 
-# %% ../nbs/api/20_rules.ipynb #5632f685
+# %% ../nbs/api/20_rules.ipynb #1695d760
 def shrinking(rule: Rule = keep_best(), # chooses what is small
               factor: float = .95, # 0 would be iterative hard thresholding
               ) -> Rule:
@@ -181,7 +183,7 @@ def shrinking(rule: Rule = keep_best(), # chooses what is small
         if site.step: site.weight.copy_(torch.where(site.mask, site.weight, f * site.weight)) # type: ignore[arg-type]
     return forgetting(carry(rule, soft), nowhere)
 
-# %% ../nbs/api/20_rules.ipynb #f5de56ad
+# %% ../nbs/api/20_rules.ipynb #0a2a9264
 def regrouped(rule: Rule, groups: Callable[[int], tuple[int, int]] # t -> (N, M), multiples of the pattern's
               ) -> Rule:
     "The same rule under N:M with wider groups, as `groups` says of the step; for patterns nm(N, M)."
@@ -192,7 +194,7 @@ def regrouped(rule: Rule, groups: Callable[[int], tuple[int, int]] # t -> (N, M)
         rule(site, replace(p, group=(of, 1) if p.group[0] > 1 else (1, of), name='') if of > line else p)
     return carry(rule, wider)
 
-# %% ../nbs/api/20_rules.ipynb #1695d760
+# %% ../nbs/api/20_rules.ipynb #082fb1c0
 def given(masks: Mapping[str, Tensor] # by name of the site: bool like the weight, True = kept
           ) -> Rule:
     "The rule that takes masks from a table. KeyError or ValueError when one is missing or does not fit."

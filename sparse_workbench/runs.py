@@ -59,11 +59,12 @@ def write_whole(path: str | Path, # file to make or replace
     finally: part.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/api/70_runs.ipynb #6e96cf68
 def to_json(value, name: str = 'value') -> str:
     "JSON text that every reader accepts."
     return json.dumps(plain(value, name), indent=1, allow_nan=False, ensure_ascii=False) + '\n'
 
-# %% ../nbs/api/70_runs.ipynb #53297ab4
+# %% ../nbs/api/70_runs.ipynb #b9dbbd38
 def to_csv(records) -> str:
     "CSV text of a data frame or a list of dicts; floats exact, missing values empty."
     rows = plain(records, 'records')
@@ -77,7 +78,7 @@ def to_csv(records) -> str:
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/api/70_runs.ipynb #b9dbbd38
+# %% ../nbs/api/70_runs.ipynb #b09937ae
 def draw(figure, # matplotlib figure
          kind: str, # 'png' or 'svg'
          ) -> bytes: # the file's content
@@ -89,7 +90,7 @@ def draw(figure, # matplotlib figure
         figure.savefig(buffer, format=kind, dpi=150, bbox_inches='tight', metadata=undated)
     return buffer.getvalue()
 
-# %% ../nbs/api/70_runs.ipynb #f004506a
+# %% ../nbs/api/70_runs.ipynb #4060f57a
 def save(out: str | Path, # the run folder, given to the notebook; empty when it was opened by hand: nothing is written
          result: dict, # the answer; the command line shows its 'table' (list of rows) and 'summary' (list of sentences)
          records=None, # data frame, or list of dicts: flat rows
@@ -107,7 +108,7 @@ def save(out: str | Path, # the run folder, given to the notebook; empty when it
         Path(out).mkdir(parents=True, exist_ok=True)
         for file, data in files.items(): write_whole(Path(out)/file, data)
 
-# %% ../nbs/api/70_runs.ipynb #1e65241e
+# %% ../nbs/api/70_runs.ipynb #907217d1
 CACHES = {'__pycache__', '.git', '.ipynb_checkpoints'}
 
 def walk_files(folder: Path, # where to look, following links
@@ -122,7 +123,7 @@ def walk_files(folder: Path, # where to look, following links
         paths = [Path(at)/f for f in sorted(files) if not f.endswith('.pyc')]
         yield from (p for p in paths if p.is_file())
 
-# %% ../nbs/api/70_runs.ipynb #78deecda
+# %% ../nbs/api/70_runs.ipynb #12853a29
 def digest(path: str | Path, # file or folder
            skip: Iterable[str | Path] = (), # folders to leave out
            ) -> str: # 32 hex digits
@@ -133,13 +134,14 @@ def digest(path: str | Path, # file or folder
         h.update(f'{file.relative_to(path).as_posix()}\0{content}\n'.encode())
     return h.hexdigest()
 
-# %% ../nbs/api/70_runs.ipynb #647dfdc2
+# %% ../nbs/api/70_runs.ipynb #98e4cbdf
 def strings(name: str, value) -> Iterator[tuple[str, str]]:
     "(place, text) of every string in a parameter."
     if isinstance(value, str): yield name, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for k, v in items: yield from strings(f'{name}[{k!r}]', v)
 
+# %% ../nbs/api/70_runs.ipynb #8f4419b6
 def data_hashes(params: dict, # parameter values
                 skip: Iterable[str | Path] = (), # folders to leave out, such as the store
                 ) -> dict[str, str]: # parameter -> hash of what it names
@@ -147,7 +149,7 @@ def data_hashes(params: dict, # parameter values
     named = {place: os.path.expanduser(text) for name, value in params.items() for place, text in strings(name, value)}
     return {place: digest(path, skip) for place, path in named.items() if os.path.isfile(path) or os.path.isdir(path)}
 
-# %% ../nbs/api/70_runs.ipynb #fd8f392f
+# %% ../nbs/api/70_runs.ipynb #e1f008c5
 def question_id(cells: Iterable[str], # the notebook's code cells
                 params: dict, # every parameter with its value
                 data: dict[str, str], # content hashes of what the parameters name
@@ -157,13 +159,14 @@ def question_id(cells: Iterable[str], # the notebook's code cells
     text = json.dumps([list(cells), plain(params), data, source], sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
-# %% ../nbs/api/70_runs.ipynb #8f4419b6
+# %% ../nbs/api/70_runs.ipynb #c9c96350
 def ask(*command: str) -> str | None:
     "What a program prints, or None when it is missing, fails or takes longer than 20 s."
     try: return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
                                env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'}).stdout.strip()
     except (OSError, subprocess.SubprocessError, UnicodeError): return None
 
+# %% ../nbs/api/70_runs.ipynb #f883161b
 def git_state(folder: str | Path) -> dict | None:
     "Commit, and whether the work tree differs from it; None outside of git."
     git = 'git', '-C', str(folder)
@@ -171,7 +174,7 @@ def git_state(folder: str | Path) -> dict | None:
     commit, changes = ask(*git, 'rev-parse', '-q', '--verify', 'HEAD'), ask(*git, 'status', '--porcelain')
     return dict(commit=commit, dirty=None if changes is None else changes != '')
 
-# %% ../nbs/api/70_runs.ipynb #bf09e621
+# %% ../nbs/api/70_runs.ipynb #b2ae5cdd
 def device() -> str:
     "The GPUs that the driver shows, else the processor."
     hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
@@ -181,6 +184,7 @@ def device() -> str:
         if name := re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text()): return f'CPU {name[1]}'
     return f'CPU {platform.processor() or platform.machine()}'
 
+# %% ../nbs/api/70_runs.ipynb #d21383b3
 def package_folder() -> Path:
     "Where this package lies."
     return Path(importlib.import_module('sparse_workbench').__file__ or '').resolve().parent
@@ -190,7 +194,7 @@ def version(package: str) -> str | None:
     with suppress(metadata.PackageNotFoundError): return metadata.version(package)
     return getattr(importlib.import_module(package), '__version__', None) if package == 'sparse_workbench' else None
 
-# %% ../nbs/api/70_runs.ipynb #8ddcd469
+# %% ../nbs/api/70_runs.ipynb #2d30a86d
 PACKAGES = 'sparse_workbench', 'torch', 'triton', 'numpy', 'transformers'
 
 def environment(folder: str | Path = '.', # where the notebook lies: its git state is recorded
@@ -202,7 +206,7 @@ def environment(folder: str | Path = '.', # where the notebook lies: its git sta
                 system=f'{platform.system()} {platform.machine()}', device=device(), cpus=cpus,
                 git=git_state(folder), source=digest(package_folder()), **more)
 
-# %% ../nbs/api/70_runs.ipynb #f4723054
+# %% ../nbs/api/70_runs.ipynb #39acc6d7
 def this_host() -> str:
     "The machine's name, without the separator of folder names."
     return re.sub(r'[^\w.]', '_', platform.node()) or 'host'
@@ -213,7 +217,7 @@ def hidden(kind: str, # 'tmp': being made; 'old': about to be replaced
     "A name that belongs to this process alone."
     return final.with_name(f'.{kind}-{final.name}-{this_host()}-{os.getpid()}-{secrets.token_hex(4)}')
 
-# %% ../nbs/api/70_runs.ipynb #90035d10
+# %% ../nbs/api/70_runs.ipynb #d4bc110d
 def publish(made: Path, # complete hidden folder
             final: Path, # the name it gets
             replace: bool = False, # take the place of what has that name
@@ -231,7 +235,7 @@ def publish(made: Path, # complete hidden folder
     for old in aside: shutil.rmtree(old, ignore_errors=True)
     return True
 
-# %% ../nbs/api/70_runs.ipynb #1a8b5744
+# %% ../nbs/api/70_runs.ipynb #c3823595
 def clean_store(store: str | Path # folder of runs
                 ) -> list[str]: # names that were removed or put back
     "Removes the hidden folders of dead processes."
@@ -247,7 +251,7 @@ def clean_store(store: str | Path # folder of runs
         done.append(path.name)
     return done
 
-# %% ../nbs/api/70_runs.ipynb #ef7fd55e
+# %% ../nbs/api/70_runs.ipynb #94cd68f4
 def flat(name: str, value: dict) -> dict[str, Any]:
     "{'name.key.key': value}, without lists of rows."
     found: dict[str, Any] = {}
@@ -256,7 +260,7 @@ def flat(name: str, value: dict) -> dict[str, Any]:
         elif not (isinstance(v, list) and v and isinstance(v[0], dict)): found[f'{name}.{key}'] = v
     return found
 
-# %% ../nbs/api/70_runs.ipynb #358417a4
+# %% ../nbs/api/70_runs.ipynb #73279dce
 CARD = dict(
     box='border:1px solid #8884;border-radius:6px;padding:.6em 1em;display:inline-block;max-width:60em',
     row='display:flex;gap:2em;flex-wrap:wrap;align-items:flex-start',
@@ -268,6 +272,7 @@ def cell_text(v) -> str:
     "A value for people: five digits, lists without brackets."
     return f'{v:.5g}' if isinstance(v, float) else ', '.join(map(cell_text, v)) if isinstance(v, list) else str(v)
 
+# %% ../nbs/api/70_runs.ipynb #3264675e
 def facts_html(head: str, facts: dict) -> str:
     "A heading and a table of named values."
     cell = lambda style, text: f'<td style="{CARD[style]}">{html.escape(text)}</td>'
@@ -278,7 +283,7 @@ def picture_html(name: str, png: bytes) -> str:
     "An image that carries its own bytes."
     return f'<img alt="{html.escape(name)}" style="{CARD["picture"]}" src="data:image/png;base64,{b64encode(png).decode()}">'
 
-# %% ../nbs/api/70_runs.ipynb #760d9d24
+# %% ../nbs/api/70_runs.ipynb #7e5814c6
 @dataclass
 class Run:
     "A run folder: what was asked, what came out, where. A failed run has an `error`."
@@ -308,7 +313,7 @@ class Run:
     def __repr__(self): return f'Run({self.title})'
     def _repr_html_(self): return run_html(self)
 
-# %% ../nbs/api/70_runs.ipynb #3512244b
+# %% ../nbs/api/70_runs.ipynb #b743e62b
 def run_html(run: Run) -> str:
     "Its card: parameters, scalar results, error, pictures."
     error = {run.error['ename']: run.error['evalue']} if run.error else {}
@@ -317,7 +322,7 @@ def run_html(run: Run) -> str:
     parts += [picture_html(name, path.read_bytes()) for name, path in run.figures.items()]
     return f'<div style="{CARD["box"]}">{html.escape(run.title)}<div style="{CARD["row"]}">{"".join(parts)}</div></div>'
 
-# %% ../nbs/api/70_runs.ipynb #9821e613
+# %% ../nbs/api/70_runs.ipynb #acfd14b4
 def refuse_constant(word: str):
     "ValueError for the NaN and Infinity that Python reads and JSON does not know."
     raise ValueError(f'{word} is not JSON; write it with runs.save')
@@ -330,6 +335,7 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict): raise ValueError(f'{name} holds a {type(value).__name__}, not named values')
     return value
 
+# %% ../nbs/api/70_runs.ipynb #af4bf785
 def load(path: str | Path, # run folder
          cached: bool = False, # it answers a question without running
          ) -> Run:
@@ -342,7 +348,7 @@ def load(path: str | Path, # run folder
         raise ValueError(f"{path.name}/environment.json lacks {', '.join(sorted(missing))}")
     return Run(env['name'], env['id'], path, read_json(path/'params.json'), result, env, cached, error)
 
-# %% ../nbs/api/70_runs.ipynb #0f7c7a63
+# %% ../nbs/api/70_runs.ipynb #8ab6f4d3
 def stored(store: str | Path = 'runs') -> list[Run]:
     "The finished runs, oldest first; a broken one is named in a warning."
     found = []
@@ -352,6 +358,7 @@ def stored(store: str | Path = 'runs') -> list[Run]:
         except ValueError as e: warnings.warn(f'skipped {e}', stacklevel=2)
     return sorted(found, key=lambda r: r.environment['started'])
 
+# %% ../nbs/api/70_runs.ipynb #63170a7b
 def results(store: str | Path = 'runs' # folder of runs
             ): # data frame: name, id, started, seconds, params.…, result.…
     "One row for each finished run; what was left out is named in a warning."
@@ -360,7 +367,7 @@ def results(store: str | Path = 'runs' # folder of runs
                  **flat('params', r.params), **flat('result', r.result)) for r in stored(store)]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=['name', 'id', 'started', 'seconds'])
 
-# %% ../nbs/api/70_runs.ipynb #13508198
+# %% ../nbs/api/70_runs.ipynb #47881bb5
 def failed(store: str | Path = 'runs') -> list[Run]:
     "The failed runs, oldest first; `.error` says why, `.path` where the notebook lies."
     found = []

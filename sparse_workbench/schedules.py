@@ -28,7 +28,7 @@ def ramp(start: float, final: float, steps: int, begin: int, shape: Callable[[fl
     if steps < 1: raise ValueError(f"a ramp takes at least one step, not {steps!r}")
     return lambda t: a + (b - a) * shape(min(1., max(0., (t - begin) / steps)))
 
-# %% ../nbs/api/14_schedules.ipynb #b0df127c
+# %% ../nbs/api/14_schedules.ipynb #776a1bc7
 def constant(sparsity: float) -> Schedule:
     "The same sparsity at every step."
     s = fraction('sparsity', sparsity)
@@ -46,7 +46,7 @@ def cosine(start: float, final: float, steps: int, begin: int = 0) -> Schedule:
     "Half a cosine: slow, fast, slow."
     return ramp(start, final, steps, begin, lambda x: (1 - math.cos(math.pi * x)) / 2)
 
-# %% ../nbs/api/14_schedules.ipynb #551bb9c8
+# %% ../nbs/api/14_schedules.ipynb #9126d0a3
 def geometric(start: float, final: float, n: int, begin: int = 0) -> Schedule:
     "kept(t) = (1 − start)^(1−x) (1 − final)^x with x = (t − begin)/n: after event i of n, (1−s)^((i+1)/n) when start is 0."
     a, b = 1 - fraction('start', start), 1 - fraction('final', final)
@@ -54,7 +54,7 @@ def geometric(start: float, final: float, n: int, begin: int = 0) -> Schedule:
     x = ramp(0, 1, n, begin, lambda x: x)
     return lambda t: 1 - a ** (1 - x(t)) * b ** x(t)
 
-# %% ../nbs/api/14_schedules.ipynb #d467e6d2
+# %% ../nbs/api/14_schedules.ipynb #4af8bcf3
 def steps(table: Mapping[int, float] # first step -> sparsity from then on
           ) -> Schedule:
     "Piecewise constant; before the first entry nothing is pruned."
@@ -62,7 +62,7 @@ def steps(table: Mapping[int, float] # first step -> sparsity from then on
     if not rows: raise ValueError("steps needs at least one entry, for example steps({0: 0.5})")
     return lambda t: max(((a, s) for a, s in rows if a <= t), default=(0, 0.))[1]
 
-# %% ../nbs/api/14_schedules.ipynb #4af8bcf3
+# %% ../nbs/api/14_schedules.ipynb #dadd3cb0
 def cyclic(sparsity: float, # of the compressed phases
            period: int, # steps of every phase
            start: int = 0, # dense before
@@ -74,7 +74,7 @@ def cyclic(sparsity: float, # of the compressed phases
     if period < 1: raise ValueError(f"a phase lasts at least one step, not {period!r}")
     return lambda t: d if t < start else s if end is not None and t >= end or (t - start) // period % 2 == 0 else d
 
-# %% ../nbs/api/14_schedules.ipynb #be839931
+# %% ../nbs/api/14_schedules.ipynb #7a6aae87
 def acdc_phases(sparsity: float, # of the compressed phases
                 period: int, # steps of a phase
                 start: int, # first compression
@@ -85,7 +85,7 @@ def acdc_phases(sparsity: float, # of the compressed phases
     f = cyclic(sparsity, period, start)
     return lambda t: f(start) if t >= end else 0. if t >= end - 2 * period else f(t)
 
-# %% ../nbs/api/14_schedules.ipynb #7a6aae87
+# %% ../nbs/api/14_schedules.ipynb #c038b6ac
 def journey_window(sparsity: float # final
                    ) -> tuple[float, float, float]: # first and last pruning as fractions of the steps, mean density of the training
     "Where in the training a quarter and three quarters of the compute are spent, along a geometric ramp."
@@ -95,7 +95,7 @@ def journey_window(sparsity: float # final
     z = 1/4 + 1 / (2*g) + 1 / (4*d)
     return 1/4 / z, (1/4 + 1 / (2*g)) / z, 1 / z
 
-# %% ../nbs/api/14_schedules.ipynb #c038b6ac
+# %% ../nbs/api/14_schedules.ipynb #b1514612
 def journey_steps(sparsity: float, total_steps: int, # of the training
                   period: int = 100, # steps between prunings
                   ) -> tuple[int, int]: # first and last pruning, whole periods apart
@@ -110,14 +110,14 @@ def journey(sparsity: float, total_steps: int, period: int = 100) -> Schedule:
     f = geometric(0, sparsity, last - first + period, first - period)
     return lambda t: f(t) if t >= first else 0.
 
-# %% ../nbs/api/14_schedules.ipynb #b1514612
+# %% ../nbs/api/14_schedules.ipynb #b3005cdc
 def whole(schedule: Schedule, # any
           of: int, # weights in a group
           ) -> Schedule:
     "The same schedule, rounded down to multiples of 1/of."
     return lambda t: math.floor(schedule(t) * of + 1e-9) / of
 
-# %% ../nbs/api/14_schedules.ipynb #b3005cdc
+# %% ../nbs/api/14_schedules.ipynb #98f422a9
 def frames(keep: int, of: int) -> list[int]: # weights kept of every `of`, frame after frame
     "One goes, then halves: (M−1):M, M/2:M, M/4:M … N:M. Where M/N is no power of two the last frame is N:M all the same."
     if not (isinstance(keep, int) and isinstance(of, int) and 0 < keep <= of): raise ValueError(f"{keep}:{of} keeps {keep} of every {of}: N is at least 1 and at most M, both whole")
@@ -133,6 +133,7 @@ def halving(keep: int, of: int, # N:M at the end
     starts = [begin + int(i * steps / len(table)) for i in range(len(table))]
     return lambda t: 1 - ([of] + table)[bisect_right(starts, t)] / of
 
+# %% ../nbs/api/14_schedules.ipynb #3a76c1df
 def shrinking_groups(keep: int, of: int, steps: int, begin: int = 0, count: int = 4) -> Callable[[int], tuple[int, int]]: # t -> (N, M)
     "Geometric structure decay: `count` frames from (2^(count−1) N):(2^(count−1) M) to N:M, at one sparsity."
     frames(keep, of)
@@ -140,7 +141,7 @@ def shrinking_groups(keep: int, of: int, steps: int, begin: int = 0, count: int 
     at = lambda t: 2 ** (count - 1 - min(count - 1, max(0, int((t - begin) * count / steps + 1e-9))))
     return lambda t: (keep * at(t), of * at(t))
 
-# %% ../nbs/api/14_schedules.ipynb #98f422a9
+# %% ../nbs/api/14_schedules.ipynb #d856220e
 def fade(kind: str, # 'linear' or 'exponential'
          rate: float, # b: lost in each step, of the whole or of what is left
          begin: int = 0, # 1 until here
@@ -152,7 +153,7 @@ def fade(kind: str, # 'linear' or 'exponential'
     if not rate > 0: raise ValueError(f"rate={rate!r} is what the factor loses in a step: use a positive number, such as 1e-4")
     return lambda t: 0. if end is not None and t >= end else shapes[kind](max(0, t - begin))
 
-# %% ../nbs/api/14_schedules.ipynb #d856220e
+# %% ../nbs/api/14_schedules.ipynb #1d79d537
 def once(at: int = 0) -> When:
     "At one step only. `once()` is before the first step: the mask never changes afterwards."
     return lambda t: t == at
@@ -165,7 +166,7 @@ def every(n: int, # steps between changes
     if n < 1: raise ValueError(f"every(n) needs n ≥ 1, not {n!r}")
     return lambda t: t >= start and (t - start) % n == 0 and (stop is None or t <= stop)
 
-# %% ../nbs/api/14_schedules.ipynb #b750b0d3
+# %% ../nbs/api/14_schedules.ipynb #ea8c48be
 def cosine_fraction(alpha: float, # share that is exchanged at first
                     stop: int, # step after which nothing is exchanged
                     ) -> Schedule:

@@ -6,8 +6,8 @@
 __all__ = ['EVENTS', 'Bucket', 'join', 'parts', 'spread', 'packed', 'pack', 'buckets', 'needs', 'stamp', 'pass_gradient', 'enter',
            'check_unchanged', 'kept', 'optimizer_state', 'newborn', 'check_all_finite', 'arriving', 'joint',
            'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'around', 'unscaled', 'rehearsal',
-           'before_step', 'Sparsifier', 'attach', 'first_masks', 'detach', 'Events', 'changes', 'record', 'state_dict',
-           'load_state_dict', 'copy_stats']
+           'before_step', 'Sparsifier', 'check_attach', 'attach', 'first_masks', 'detach', 'flipped', 'Events',
+           'changes', 'record', 'state_dict', 'load_state_dict', 'copy_stats']
 
 # %% ../nbs/api/23_sparsifier.ipynb #9935b7bc
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +41,7 @@ def parts(b: Bucket, flat: Tensor) -> list[Tensor]: # shaped like the sites
     "Cut a flat tensor back into the sites of a bucket."
     return [x.view(s.shape) for x, s in zip(flat.split(b.sizes), b.sites)]
 
+# %% ../nbs/api/23_sparsifier.ipynb #1da91a9f
 def spread(b: Bucket, to: list[Tensor], flat: Tensor) -> None:
     "Copy a flat result into the sites' tensors, unless it was written there in place."
     if flat.data_ptr() != to[0].data_ptr(): torch._foreach_copy_(to, parts(b, flat))
@@ -56,7 +57,7 @@ def pack(b: Bucket, name: str, flat: Tensor) -> None:
     b.flat[name] = flat, parts(b, flat)
     for s, x in zip(b.sites, b.flat[name][1]): setattr(s, name, x)
 
-# %% ../nbs/api/23_sparsifier.ipynb #a3cad9ee
+# %% ../nbs/api/23_sparsifier.ipynb #7ee6ecb3
 def buckets(ss: Sequence[Site]) -> list[Bucket]:
     "Fill buckets in the order of the sites: 2^25 weights on a GPU, 2^16 on a CPU; larger sites have one of their own."
     out: list[Bucket] = []
@@ -68,7 +69,7 @@ def buckets(ss: Sequence[Site]) -> list[Bucket]:
         out[-1].sizes.append(w.numel())
     return out
 
-# %% ../nbs/api/23_sparsifier.ipynb #1da91a9f
+# %% ../nbs/api/23_sparsifier.ipynb #bcf26cb2
 def needs(sp: 'Sparsifier') -> set[str]:
     "What the rule and the listeners ask for; a rule that does not say may want the gradient."
     asks = [getattr(sp.rule, 'needs', getattr(getattr(sp.rule, 'score', None), 'needs', ('grad',))), *[getattr(f, 'needs', ()) for f in sp.listeners]]
@@ -78,6 +79,7 @@ def stamp(s: Site) -> tuple[int, int] | None:
     "Changes when somebody writes the gradient."
     return None if s.parameter.grad is None else (local(s.parameter.grad).data_ptr(), s.parameter.grad._version)
 
+# %% ../nbs/api/23_sparsifier.ipynb #d2827256
 def pass_gradient(sp: 'Sparsifier', b: Bucket, keep: bool) -> None:
     "Put the flow between the model's gradients and the optimizer."
     ws, gs = [s.weight for s in b.sites], [s.of(s.parameter.grad) for s in b.sites] # type: ignore[arg-type]
@@ -87,7 +89,7 @@ def pass_gradient(sp: 'Sparsifier', b: Bucket, keep: bool) -> None:
     out = sp.flow.grad(g, packed(b, 'latent') if sp.flow.latent else join(ws), packed(b, 'mask'), sp.t)
     spread(b, gs, out)
 
-# %% ../nbs/api/23_sparsifier.ipynb #7ee6ecb3
+# %% ../nbs/api/23_sparsifier.ipynb #ed2d3358
 def enter(sp: 'Sparsifier') -> None:
     "Dense weights and the flow's gradients into the parameters: what the optimizer works on."
     check_unchanged(sp)
@@ -103,6 +105,7 @@ def enter(sp: 'Sparsifier') -> None:
             for part in [b] if all(moving) else [Bucket([s], [n]) for s, n, m in zip(b.sites, b.sizes, moving) if m]: pass_gradient(sp, part, keep)
     sp.stamps, sp.inside = [stamp(s) for s in sp.sites], True
 
+# %% ../nbs/api/23_sparsifier.ipynb #8352b0d1
 def check_unchanged(sp: 'Sparsifier') -> None:
     "ValueError when a weight was replaced, cast or moved after attach()."
     for s in sp.sites:
@@ -116,7 +119,7 @@ def kept(s: Site) -> Tensor:
     assert s.mask is not None, f"{s.name} has no mask: attach() the sparsifier first"
     return s.mask
 
-# %% ../nbs/api/23_sparsifier.ipynb #37a4eb8e
+# %% ../nbs/api/23_sparsifier.ipynb #45fdb0bf
 def optimizer_state(optimizer: torch.optim.Optimizer | None, site: Site) -> dict[str, Tensor]:
     "Every optimizer state that is shaped like the parameter, as the site sees it."
     state = {} if optimizer is None else optimizer.state.get(site.parameter, {})
@@ -126,7 +129,7 @@ def newborn(site: Site, old: Tensor) -> Tensor: # bool like the weight
     "Kept now, and not before."
     return kept(site) & ~old
 
-# %% ../nbs/api/23_sparsifier.ipynb #01e50315
+# %% ../nbs/api/23_sparsifier.ipynb #a6d75574
 def check_all_finite(sp: 'Sparsifier') -> None:
     "ValueError that names a NaN or infinite weight: at once on a CPU; on a GPU, which would have to be waited for, at the next change of masks."
     bad = lambda: any(event and event.synchronize() or not ok.all() for ok, event in sp.finite)
@@ -144,13 +147,14 @@ def arriving(x: Tensor) -> tuple[Tensor, Any]: # on the CPU, valid after event.s
     event.record()
     return out, event
 
-# %% ../nbs/api/23_sparsifier.ipynb #091080c5
+# %% ../nbs/api/23_sparsifier.ipynb #8da728b9
 def joint(sp: 'Sparsifier', ratios: Mapping[str, float]) -> bool:
     "May groups of different sites be decided by one call?"
     p, m = sp.pattern, sp.pattern.group[1]
     return (hasattr(sp.rule, 'score') and p.tile == (1, 1) and p.group[0] == 1 and m > 0 and len(set(ratios.values())) == 1
             and getattr(sp.rule.score, 'finite', False) and all(s.weight.ndim == 2 and s.shape[1] % m == 0 for s in sp.sites))
 
+# %% ../nbs/api/23_sparsifier.ipynb #1368f83b
 def choose_jointly(sp: 'Sparsifier', sparsity: float) -> None:
     "N:M masks, a bucket at a time."
     for b in sp.buckets:
@@ -165,7 +169,7 @@ def choose_singly(sp: 'Sparsifier', ratios: Mapping[str, float]) -> None:
         s.sparsity = ratios[s.name]
         sp.rule(s, sp.pattern)
 
-# %% ../nbs/api/23_sparsifier.ipynb #1f4f0ee2
+# %% ../nbs/api/23_sparsifier.ipynb #36ef352e
 def choose(sp: 'Sparsifier') -> None:
     "Allocate, and choose every mask; an error leaves all masks as they were."
     old = [s.mask for s in sp.sites]
@@ -187,7 +191,7 @@ def choose(sp: 'Sparsifier') -> None:
     for f in sp.listeners: f(sp, old)
     for s in sp.sites: s.grad, s.state = None, {}
 
-# %% ../nbs/api/23_sparsifier.ipynb #d2827256
+# %% ../nbs/api/23_sparsifier.ipynb #20145d5b
 def show(sp: 'Sparsifier') -> None:
     "Seen weights into the parameters: what the forward pass, a checkpoint and the user work on."
     with torch.no_grad():
@@ -201,6 +205,7 @@ def show(sp: 'Sparsifier') -> None:
             spread(b, ws, seen)
     sp.inside = False
 
+# %% ../nbs/api/23_sparsifier.ipynb #8320c979
 def leave(sp: 'Sparsifier') -> None:
     "The optimizer is done: decay, a new mask when it is time, seen weights back."
     if not sp.inside: return # an optimizer whose step calls its parent's step runs the hooks twice
@@ -216,7 +221,7 @@ def leave(sp: 'Sparsifier') -> None:
                 choose(sp)
         finally: show(sp)
 
-# %% ../nbs/api/23_sparsifier.ipynb #8352b0d1
+# %% ../nbs/api/23_sparsifier.ipynb #b19f07ce
 def around(sp: 'Sparsifier', closure: Callable[[], Any]) -> Callable[[], Any]:
     "The same closure, run on seen weights and left on dense ones."
     def run():
@@ -226,6 +231,7 @@ def around(sp: 'Sparsifier', closure: Callable[[], Any]) -> Callable[[], Any]:
         return out
     return run
 
+# %% ../nbs/api/23_sparsifier.ipynb #464cecf0
 def unscaled(optimizer: torch.optim.Optimizer) -> bool: # False: the optimizer will do nothing
     "Undo the scale that a GradScaler has left to a fused optimizer."
     found, scale = getattr(optimizer, 'found_inf', None), getattr(optimizer, 'grad_scale', None)
@@ -240,13 +246,14 @@ def rehearsal(optimizer: torch.optim.Optimizer) -> bool:
     return (not optimizer.state and all(float(g['lr']) == 0 for g in optimizer.param_groups)
             and not any(local(p.grad).any() for g in optimizer.param_groups for p in g['params'] if p.grad is not None))
 
+# %% ../nbs/api/23_sparsifier.ipynb #be02cdb8
 def before_step(sp: 'Sparsifier', optimizer, args: tuple, kwargs: dict):
     "The optimizer's step_pre_hook; args[0] is the optimizer itself."
     if len(args) > 1 and args[1] is not None: return (args[0], around(sp, args[1]), *args[2:]), kwargs
     if kwargs.get('closure') is not None: return args, {**kwargs, 'closure': around(sp, kwargs['closure'])}
     if not rehearsal(optimizer) and unscaled(optimizer): enter(sp)
 
-# %% ../nbs/api/23_sparsifier.ipynb #9f807d0d
+# %% ../nbs/api/23_sparsifier.ipynb #33f4a6c8
 class Sparsifier:
     "Trains sites sparsely through any optimizer: `.attach(optimizer)`, then train as ever."
     def __init__(self, sites: Sequence[Site], # what to sparsify
@@ -277,10 +284,9 @@ class Sparsifier:
     def load_state_dict(self, state: dict[str, Any]) -> None: load_state_dict(self, state)
     def __repr__(self): return f"Sparsifier({len(self.sites)} sites, {getattr(self.rule, '__name__', self.rule)}, {self.pattern!r}, {self.flow!r}, step {self.t})"
 
-# %% ../nbs/api/23_sparsifier.ipynb #e547ee45
-def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # itself
-    "Choose the first masks and hook into the optimizer; ValueError leaves model and optimizer untouched."
-    while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer): optimizer = optimizer.optimizer # type: ignore[attr-defined] # a host's wrapper
+# %% ../nbs/api/23_sparsifier.ipynb #5f9e760f
+def check_attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
+    "ValueError when this sparsifier and this optimizer do not go together; it names the weight and the way out."
     if sp.hooks: raise ValueError("this sparsifier is attached already: detach() it first, or make another one")
     if not sp.sites: raise ValueError("no sites: make them with sites(model)")
     held = {id(p) for g in optimizer.param_groups for p in g['params']}
@@ -293,6 +299,12 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # it
     for s in sp.sites: check_shard(s, sp.pattern)
     if getattr(sp.rule, 'latent', False) and not sp.flow.latent:
         raise ValueError(f"{getattr(sp.rule, '__name__', sp.rule)} works on the dense weight that a flow keeps, and {sp.flow!r} keeps none: use flow=ste, or another with a latent weight")
+
+# %% ../nbs/api/23_sparsifier.ipynb #0f3131ec
+def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # itself
+    "Choose the first masks and hook into the optimizer; ValueError leaves model and optimizer untouched."
+    while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer): optimizer = optimizer.optimizer # type: ignore[attr-defined] # a host's wrapper
+    check_attach(sp, optimizer)
     sp.optimizer, sp.attached, sp.finite = optimizer, {s.name: s.parameter for s in sp.sites}, []
     try:
         first_masks(sp)
@@ -305,7 +317,7 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # it
     sp.hooks = [optimizer.register_step_pre_hook(lambda o, a, k: before_step(sp, o, a, k)), optimizer.register_step_post_hook(post)]
     return sp
 
-# %% ../nbs/api/23_sparsifier.ipynb #8fdf6a0d
+# %% ../nbs/api/23_sparsifier.ipynb #3e2124ee
 def first_masks(sp: Sparsifier) -> None:
     "The masks at attach: those of a state that was loaded before; else the rule's when it is time; else everything is kept."
     sp.buckets = buckets(sp.sites)
@@ -317,6 +329,7 @@ def first_masks(sp: Sparsifier) -> None:
     if sp.when(sp.t) and not sp.loaded: choose(sp)
     sp.loaded = False
 
+# %% ../nbs/api/23_sparsifier.ipynb #6103d30a
 def detach(sp: Sparsifier) -> Sparsifier:
     "Unhook; the model keeps the seen weights, the dense ones are dropped."
     for h in sp.hooks: h.remove()
@@ -324,15 +337,22 @@ def detach(sp: Sparsifier) -> Sparsifier:
     for s in sp.sites: s.latent, s.mask, s.state = None, None if s.mask is None else s.mask.clone(), {}
     return sp
 
-# %% ../nbs/api/23_sparsifier.ipynb #1368f83b
+# %% ../nbs/api/23_sparsifier.ipynb #c5eb5c0b
+def flipped(sp: Sparsifier, old: Sequence[Tensor]) -> list[Tensor]: # bool and flat, one for each bucket
+    "Where a change of masks has turned an entry, from the masks before it; whoever counts flips asks here."
+    was = iter(old)
+    return [packed(b, 'mask') ^ join([next(was) for _ in b.sites]) for b in sp.buckets]
+
+# %% ../nbs/api/23_sparsifier.ipynb #8ea04b21
 EVENTS = dict(dropped='weights', grown='weights', sparsity='fraction', grad_kept='L2 norm', grad_pruned='L2 norm', explored='fraction')
 
 class Events:
     "Records of every change of masks, as flat rows: step, site, name, value, unit."
     needs = ('grad',)
     def __init__(self): self.taken: list[tuple[int, list[str], Tensor]] = [] # step, sites, (sites, names)
-    def __call__(self, sp: Sparsifier, old: Sequence[Tensor | None]) -> None:
-        self.taken.append((sp.t, [s.name for s in sp.sites], torch.stack([changes(s, m) for s, m in zip(sp.sites, old)])))
+    def __call__(self, sp: Sparsifier, old: Sequence[Tensor]) -> None:
+        turned = [x for b, flat in zip(sp.buckets, flipped(sp, old)) for x in parts(b, flat)]
+        self.taken.append((sp.t, [s.name for s in sp.sites], torch.stack([changes(s, x) for s, x in zip(sp.sites, turned)])))
     def rows(self) -> list[dict[str, Any]]:
         return [dict(step=t, site=s, name=n, value=v, unit=EVENTS[n]) for t, names, x in self.taken
                 for s, vs in zip(names, x.tolist()) for n, v in zip(EVENTS, vs) if v == v]
@@ -340,26 +360,28 @@ class Events:
         import pandas as pd
         return pd.DataFrame(self.rows(), columns=['step', 'site', 'name', 'value', 'unit'])
 
-def changes(s: Site, old: Tensor | None) -> Tensor: # (names of EVENTS,), NaN where nothing is known
+# %% ../nbs/api/23_sparsifier.ipynb #a01b7bc2
+def changes(s: Site, turned: Tensor) -> Tensor: # (names of EVENTS,), NaN where nothing is known
     "What happened to one site; gradients are divided by the mask they were taken at."
-    m, dev = kept(s), s.weight.device
-    was = torch.ones_like(m) if old is None else old
-    g = [masked(s.grad, k).float().norm() for k in (was, ~was)] if s.grad is not None else [torch.full((), torch.nan, device=dev)] * 2
-    seen = s.stats['explored'].float().mean() if 'explored' in s.stats else torch.full((), torch.nan, device=dev)
-    return torch.stack([(was & ~m).sum().float(), (m & ~was).sum().float(), 1 - m.float().mean(), *g, seen])
+    m, unknown = kept(s), torch.full((), torch.nan, device=s.weight.device)
+    was = m ^ turned
+    g = [masked(s.grad, k).float().norm() for k in (was, ~was)] if s.grad is not None else [unknown] * 2
+    seen = s.stats['explored'].float().mean() if 'explored' in s.stats else unknown
+    return torch.stack([(turned & was).sum().float(), (turned & m).sum().float(), 1 - m.float().mean(), *g, seen])
 
 def record(sp: Sparsifier) -> Events: # filled as training goes on
     "Record every change of masks from now on."
     sp.listeners.append(events := Events())
     return events
 
-# %% ../nbs/api/23_sparsifier.ipynb #33f4a6c8
+# %% ../nbs/api/23_sparsifier.ipynb #14b98c64
 def state_dict(sp: Sparsifier) -> dict[str, Any]:
     "Everything a resumed run needs besides model and optimizer: tensors and plain values only."
     keep = lambda s: dict(mask=s.mask, latent=s.latent, sparsity=s.sparsity, stats=dict(s.stats))
     return dict(t=sp.t, pattern=repr(sp.pattern), flow=repr(sp.flow),
                 sites={s.name: {k: v for k, v in keep(s).items() if v is not None} for s in sp.sites})
 
+# %% ../nbs/api/23_sparsifier.ipynb #7c3445c5
 def load_state_dict(sp: Sparsifier, state: dict[str, Any]) -> None:
     "Restore `state_dict`; ValueError, before anything changes, when it belongs to another model, pattern or flow."
     for k in ('pattern', 'flow'):

@@ -35,7 +35,7 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (tuple, list)):
         for v in x: yield from tensors(v)
 
-# %% ../nbs/api/10_stats.ipynb #75cd5cf4
+# %% ../nbs/api/10_stats.ipynb #ca3bb621
 @dataclass
 class Calibration:
     "Named batches, and the loss that gradients are taken of."
@@ -54,7 +54,7 @@ class Calibration:
     def __repr__(self): return f"Calibration({self.name!r}, {len(self.batches)} batches, hash {self.hash})"
     def forward(self, model: nn.Module, batch: Any) -> Any: return (self.loss or call)(model, batch)
 
-# %% ../nbs/api/10_stats.ipynb #ca3bb621
+# %% ../nbs/api/10_stats.ipynb #2cd9903a
 def next_token_loss(model: nn.Module, # gives logits, or an output with `.logits`
                     ids: Tensor, # (batch, length) token ids
                     ) -> Tensor: # mean nats a token
@@ -68,6 +68,7 @@ def class_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     out = model(batch[0])
     return F.cross_entropy(getattr(out, 'logits', out).float(), batch[1])
 
+# %% ../nbs/api/10_stats.ipynb #5a150797
 def windows(ids: Tensor, # (n,) token ids of a text
             length: int = 256, # tokens in a window
             count: int = 16, # windows, spread evenly over the text
@@ -78,7 +79,7 @@ def windows(ids: Tensor, # (n,) token ids of a text
     starts = torch.linspace(0, len(ids) - length, count).long()
     return torch.stack([ids[i:i + length] for i in starts.tolist()])
 
-# %% ../nbs/api/10_stats.ipynb #2cd9903a
+# %% ../nbs/api/10_stats.ipynb #c129fc2f
 def in_squares(module: nn.Module, # Linear, Conv, Conv1D
                x: Tensor, # its input, samples along the first axis
                ) -> Tensor: # (1 or out, in, *kernel): sum of squares of what every weight multiplies
@@ -95,7 +96,7 @@ def in_squares(module: nn.Module, # Linear, Conv, Conv1D
     q = torch.stack(taps, 1).reshape(module.groups, -1, *module.kernel_size)
     return q.repeat_interleave(module.out_channels // module.groups, 0) if module.groups > 1 else q
 
-# %% ../nbs/api/10_stats.ipynb #cf80a3f9
+# %% ../nbs/api/10_stats.ipynb #01dd4027
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     "Evaluation mode, and the mode of every module back afterwards."
@@ -105,6 +106,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m, t in was.items(): m.training = t
 
+# %% ../nbs/api/10_stats.ipynb #80beed75
 def inputs_of(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
     "The tensors that the weight multiplies, samples along the first axis."
     if isinstance(module, nn.MultiheadAttention):
@@ -113,11 +115,12 @@ def inputs_of(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
     single = 1 + len(module.kernel_size) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1 # axes of one sample
     return [x[None] if x.ndim == single else x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
 
-# %% ../nbs/api/10_stats.ipynb #c90d5664
+# %% ../nbs/api/10_stats.ipynb #ff51e0dd
 def modules_of(model: nn.Module, site: Site) -> list[nn.Module]:
     "Every module that uses the weight, also under its other names."
     return [site.module, *[model.get_submodule(a.rpartition('.')[0]) for a in site.aliases]]
 
+# %% ../nbs/api/10_stats.ipynb #3baafdf5
 def in_norms(model: nn.Module, sites: Iterable[Site], cal: Calibration) -> None:
     "Set `stats['in_norm']`: the L2 norm over tokens of what each weight multiplies, root mean square over samples (Wanda, §3)."
     sums: dict[str, Tensor] = {}
@@ -139,13 +142,14 @@ def in_norms(model: nn.Module, sites: Iterable[Site], cal: Calibration) -> None:
     reached(sites, sums, 'input')
     for s in sites: s.stats['in_norm'] = (sums[s.name] / samples[s.name]).sqrt().float()
 
+# %% ../nbs/api/10_stats.ipynb #c615b7ee
 def reached(sites: Iterable[Site], got: Mapping[str, Any], what: str) -> None:
     "ValueError that names the sites of which the batches showed nothing."
     if missed := [s.name for s in sites if got.get(s.name) is None]:
         raise ValueError(f"calibration saw no {what} for {', '.join(missed[:5])}{' …' if len(missed) > 5 else ''}: the forward pass does not "
                          f"call the module that holds it. Leave it out with ignore={missed[:3]}, or choose a criterion that needs no calibration")
 
-# %% ../nbs/api/10_stats.ipynb #3e4aa56a
+# %% ../nbs/api/10_stats.ipynb #bf3b7c20
 @contextmanager
 def requiring(sites: Iterable[Site]) -> Iterator[list[nn.Parameter]]: # the parameters behind the sites, once each
     "Gradients on for the sites' parameters, also where they are frozen."
@@ -156,6 +160,7 @@ def requiring(sites: Iterable[Site]) -> Iterator[list[nn.Parameter]]: # the para
     finally:
         for p, r in zip(params, was): p.requires_grad_(r)
 
+# %% ../nbs/api/10_stats.ipynb #49c4a07b
 def loss_of(model: nn.Module, batch: Any, cal: Calibration) -> Tensor: # scalar
     "The calibration's loss; ValueError that says how to give one."
     loss = cal.forward(model, batch)
@@ -165,7 +170,7 @@ def loss_of(model: nn.Module, batch: Any, cal: Calibration) -> Tensor: # scalar
                          "is a scalar, for example next_token_loss for language models or class_loss for classifiers")
     return loss
 
-# %% ../nbs/api/10_stats.ipynb #01dd4027
+# %% ../nbs/api/10_stats.ipynb #5915809d
 def split_samples(batch: Any) -> list[Any]: # the same batch as batches of one sample
     "Cut a batch along its first axis."
     if isinstance(batch, Mapping):
@@ -174,6 +179,7 @@ def split_samples(batch: Any) -> list[Any]: # the same batch as batches of one s
     if isinstance(batch, (tuple, list)): return [tuple(v[i:i + 1] if isinstance(v, Tensor) else v for v in batch) for i in range(batch[0].size(0))]
     return list(batch.split(1))
 
+# %% ../nbs/api/10_stats.ipynb #b7d30b0d
 def gradients(model: nn.Module, sites: Sequence[Site], cal: Calibration, batches: Iterable[Any], power: int, name: str) -> None:
     "Set `stats[name]` to the mean over `batches` of the gradient to that power, in float32."
     total: dict[str, Tensor] = {}
@@ -187,7 +193,7 @@ def gradients(model: nn.Module, sites: Sequence[Site], cal: Calibration, batches
     reached(sites, total, 'gradient')
     for s in sites: s.stats[name] = total[s.name] / n
 
-# %% ../nbs/api/10_stats.ipynb #a8058702
+# %% ../nbs/api/10_stats.ipynb #fd9e770c
 def hessian_gradients(model: nn.Module, sites: Sequence[Site], cal: Calibration) -> None:
     "Set `stats['hess_grad']`: Hessian of the mean loss times its gradient, over the sites' weights (GraSP, eq. 8)."
     with requiring(sites) as params, evaluating(model), torch.enable_grad():
@@ -199,7 +205,7 @@ def hessian_gradients(model: nn.Module, sites: Sequence[Site], cal: Calibration)
         h = next(x for p, x in zip(params, hg) if p is s.parameter)
         s.stats['hess_grad'] = torch.zeros(s.shape) if h is None else s.of(h).float()
 
-# %% ../nbs/api/10_stats.ipynb #3baafdf5
+# %% ../nbs/api/10_stats.ipynb #05c41355
 def synaptic_flow(model: nn.Module, sites: Sequence[Site], cal: Calibration) -> None:
     "Set `stats['synflow']`: gradient of the summed output with absolute weights and an input of ones (SynFlow, eq. 2)."
     batch = cal.batches[0]
@@ -215,7 +221,7 @@ def synaptic_flow(model: nn.Module, sites: Sequence[Site], cal: Calibration) -> 
     reached(sites, flow, 'flow')
     for s in sites: s.stats['synflow'] = flow[s.name]
 
-# %% ../nbs/api/10_stats.ipynb #6290581b
+# %% ../nbs/api/10_stats.ipynb #c618d591
 def collect(model: nn.Module, # any model; unchanged afterwards
             sites: Sequence[Site], # weights to collect for
             calibration: Any, # a Calibration, or an iterable of batches

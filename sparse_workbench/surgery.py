@@ -36,6 +36,7 @@ def swap_gains(w: Tensor, # (rows, inputs) magnitudes in their present order
     gain[a * of:(a + 1) * of] = 0
     return gain
 
+# %% ../nbs/api/40_surgery.ipynb #cfec6259
 def channel_order(weights: Sequence[Tensor], # (out, in, *kernel) of the layers that read the same inputs
                   keep: int = 2, of: int = 4, sweeps: int = 20) -> Tensor: # (in,) the new order of the inputs
     "An order of the inputs in which N:M keeps more magnitude. Work: sweeps × inputs² × rows."
@@ -50,7 +51,7 @@ def channel_order(weights: Sequence[Tensor], # (out, in, *kernel) of the layers 
         if torch.equal(order, start): break
     return order
 
-# %% ../nbs/api/40_surgery.ipynb #4417cf21
+# %% ../nbs/api/40_surgery.ipynb #78bbe556
 def reorder(order: Tensor, # (channels,) from channel_order
             before: Sequence[nn.Module], # what delivers the channels: layers, and the norms after them
             after: Sequence[nn.Module], # what reads them
@@ -65,7 +66,7 @@ def reorder(order: Tensor, # (channels,) from channel_order
             like = [v for v in (optimizer.state.get(t, {}) if optimizer else {}).values() if isinstance(v, Tensor) and v.shape == t.shape] # type: ignore[call-overload]
             for x in (t, *like): x.copy_(x.index_select(axis, order.to(x.device)))
 
-# %% ../nbs/api/40_surgery.ipynb #78bbe556
+# %% ../nbs/api/40_surgery.ipynb #48090664
 class Chain(NamedTuple):
     "Layers between which channels may be permuted, by name."
     before: list[str]   # deliver the channels; norms of these channels too
@@ -78,7 +79,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNor
 ELEMENTWISE = (operator.add, operator.mul, operator.sub, operator.iadd, operator.imul, torch.add, torch.mul, torch.sub, torch.relu, torch.tanh, torch.sigmoid, F.relu, F.gelu, F.silu, F.dropout)
 METHODS = ('relu', 'relu_', 'add', 'add_', 'mul', 'mul_', 'tanh', 'sigmoid', 'contiguous')
 
-# %% ../nbs/api/40_surgery.ipynb #953d0624
+# %% ../nbs/api/40_surgery.ipynb #a5ce937d
 def role(model: nn.Module, node: Any) -> tuple[str, nn.Module | None]: # 'layer', 'norm', 'same' or 'closed', and the module
     "What a node does with channels."
     if node.op == 'call_module':
@@ -88,6 +89,7 @@ def role(model: nn.Module, node: Any) -> tuple[str, nn.Module | None]: # 'layer'
         return ('same' if isinstance(m, KEEPS) else 'closed'), m
     return ('same' if node.op == 'call_function' and node.target in ELEMENTWISE or node.op == 'call_method' and node.target in METHODS else 'closed'), None
 
+# %% ../nbs/api/40_surgery.ipynb #2e130056
 def classes(model: nn.Module, nodes: Iterable[Any]) -> tuple[Callable, set]: # class of a node, closed classes
     "Join the channels of values that are combined element by element."
     of: dict[Any, Any] = {}
@@ -101,6 +103,7 @@ def classes(model: nn.Module, nodes: Iterable[Any]) -> tuple[Callable, set]: # c
         if kind == 'closed' or kind != 'same' and n.target not in once: closed |= {n, *ins}
     return root, {root(c) for c in closed}
 
+# %% ../nbs/api/40_surgery.ipynb #b9285153
 def used_once(model: nn.Module, nodes: Iterable[Any]) -> set[str]: # names
     "Modules that are called once, and whose parameters nobody else reads."
     calls = [n.target for n in nodes if n.op == 'call_module']
@@ -110,13 +113,14 @@ def used_once(model: nn.Module, nodes: Iterable[Any]) -> set[str]: # names
     private = lambda name: all(len(owners[id(p)]) == 1 and f'{name}.{k}' not in read for k, p in model.get_submodule(name).named_parameters())
     return {c for c in set(calls) if calls.count(c) == 1 and private(c)}
 
-# %% ../nbs/api/40_surgery.ipynb #9809fb08
+# %% ../nbs/api/40_surgery.ipynb #5f7144fb
 SECOND, LAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d, *POOLS), (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 def width(m: nn.Module, side: int) -> int: # side 0: what it delivers, 1: what it reads
     "Channels of a layer or a norm."
     return m.weight.shape[side] if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) else getattr(m, 'num_features', None) or m.normalized_shape[0] # type: ignore[index, return-value, union-attr]
 
+# %% ../nbs/api/40_surgery.ipynb #1cfc5d64
 def chains(model: nn.Module) -> list[Chain]: # of a model that torch.fx can trace
     "Find layers between which channels may be permuted; ValueError when the model cannot be traced."
     try: nodes = list(torch.fx.symbolic_trace(model).graph.nodes)
@@ -134,7 +138,7 @@ def chains(model: nn.Module) -> list[Chain]: # of a model that torch.fx can trac
     layers = lambda c: any(not isinstance(model.get_submodule(b), NORMS) for b in c.before)
     return [c for r, c in found.items() if r not in closed and len(seen[r]) <= 2 and c.after and layers(c)]
 
-# %% ../nbs/api/40_surgery.ipynb #2e130056
+# %% ../nbs/api/40_surgery.ipynb #282e6f79
 def permute(model: nn.Module, # its channels change places
             chain: Sequence[Chain] | None = None, # None: what `chains` finds
             pattern: Any = nm(2, 4), sweeps: int = 20,
@@ -154,7 +158,7 @@ def permute(model: nn.Module, # its channels change places
         reorder(order, before, after, optimizer)
     return gain
 
-# %% ../nbs/api/40_surgery.ipynb #161f5cf2
+# %% ../nbs/api/40_surgery.ipynb #9fb8cf22
 class Scaled:
     "A linear layer's forward, with a factor for each run of inputs of each row."
     def __init__(self, site: Site): self.site, self.turned = site, site.view is Tensor.t
@@ -167,6 +171,7 @@ def grown(w: Tensor, # (out, in)
     "Every weight times the factor of its run."
     return (w.unflatten(1, (scale.size(1), -1)) * scale[..., None]).flatten(1)
 
+# %% ../nbs/api/40_surgery.ipynb #e53bdb8e
 def linear_sites(model: nn.Module, what: str, of: int, which: dict) -> list[Site]:
     "Linear layers that may get something beside their weight; ValueError for any other."
     ss = sites(model, **which)
@@ -176,6 +181,7 @@ def linear_sites(model: nn.Module, what: str, of: int, which: dict) -> list[Site
         if s.shape[1] % of: raise ValueError(f"{what} needs {of} to divide the inputs, and {s.name} has {s.shape[1]}: take another number, or leave it out with ignore=[{s.name!r}]")
     return ss
 
+# %% ../nbs/api/40_surgery.ipynb #922eeb3e
 def add_scales(model: nn.Module, groups: int = 2, **which) -> None: # in place; parameters `….scale` (out, groups)
     "CAST's weight scaling. Make the optimizer afterwards; end with fold_scales."
     if groups < 1: raise ValueError(f"groups={groups!r}: a row has at least one scale, and the paper uses 2")
@@ -190,7 +196,7 @@ def fold_scales(model: nn.Module) -> None:
         with torch.no_grad(): s.weight.copy_(grown(s.weight, m.scale)) # type: ignore[arg-type]
         del m.forward, m.scale
 
-# %% ../nbs/api/40_surgery.ipynb #7feae11d
+# %% ../nbs/api/40_surgery.ipynb #302eaf8c
 class Helped:
     "A linear layer's forward, plus S of the sums of runs of inputs."
     def __init__(self, site: Site, k: int): self.site, self.k = site, k
@@ -199,12 +205,14 @@ class Helped:
         sums = F.linear(x, m.gather) if hasattr(m, 'gather') else x.unflatten(-1, (-1, self.k)).sum(-1)
         return type(m).forward(m, x) + F.linear(sums, m.helper)
 
+# %% ../nbs/api/40_surgery.ipynb #74004809
 def start(removed: Tensor, # (out, in) what pruning takes away
           k: int, init: str) -> Tensor: # (out, in / k)
     "Where S begins."
     runs = removed.unflatten(1, (-1, k))
     return dict(mean=runs.mean(2), sum=runs.sum(2), xavier=torch.zeros_like(runs[..., 0]))[init]
 
+# %% ../nbs/api/40_surgery.ipynb #5c05efd2
 def add_low_rank(model: nn.Module, # in place: parameters `….helper` (out, in / k), and `….gather` (in / k, in) where that matrix is no plain sum
                  k: int = 64, pattern: Any = nm(2, 4), sparsity: float | None = None, init: str = 'mean', trainable: bool = False,
                  score: Score = magnitude, **which) -> None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Made', 'PROMISES', 'layer_of', 'planted', 'seeded', 'mlp', 'convnet', 'tiny_gpt2', 'Tied', 'tied', 'coordinates',
            'membership', 'check_tiles', 'check_counts', 'check_mask', 'train', 'snapshot', 'assert_same',
-           'exact_sparsity', 'legal_mask', 'zeros_outside', 'same_keys', 'same_through_closure', 'same_after_load',
-           'check_promises']
+           'at_every_step', 'exact_sparsity', 'legal_mask', 'zeros_outside', 'same_keys', 'same_through_closure',
+           'same_after_load', 'check_promises']
 
 # %% ../nbs/api/01_testing.ipynb #8e1b1d89
 import io
@@ -31,6 +31,7 @@ def layer_of(weight: Tensor # (out, in, *kernel), floating point
     layer.weight = nn.Parameter(weight.detach().clone())
     return layer
 
+# %% ../nbs/api/01_testing.ipynb #72e25802
 def planted(weight: Tensor, # (out, in, *kernel)
             name: str = 'planted',
             **stats: Tensor # statistics by name, like the weight or like one of its rows
@@ -39,7 +40,7 @@ def planted(weight: Tensor, # (out, in, *kernel)
     rows = {k: v[None] if v.ndim == weight.ndim - 1 else v for k, v in stats.items()}
     return Site(name, layer_of(weight), stats=rows)
 
-# %% ../nbs/api/01_testing.ipynb #72e25802
+# %% ../nbs/api/01_testing.ipynb #15540ddd
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]: # the caller's CPU random state is put back afterwards
     "A fixed random state inside the block."
@@ -54,6 +55,7 @@ def mlp(sizes: Sequence[int] = (16, 32, 24, 8), # features from input to output
         layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
+# %% ../nbs/api/01_testing.ipynb #32863963
 def convnet(dims: int = 2, # 1, 2 or 3 kernel axes
             channels: int = 8, # of both convolutions; a multiple of 4 suits 2:4
             seed: int = 0) -> nn.Sequential: # takes (batch, 4, *[8] * dims), gives (batch, 4)
@@ -64,7 +66,7 @@ def convnet(dims: int = 2, # 1, 2 or 3 kernel axes
         return nn.Sequential(conv(4, channels, 3), norm(channels), nn.ReLU(), conv(channels, channels, 3, stride=2, padding=1),
                              norm(channels), nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(channels, 4))
 
-# %% ../nbs/api/01_testing.ipynb #697ab5c4
+# %% ../nbs/api/01_testing.ipynb #5a061332
 def tiny_gpt2(layers: int = 2, width: int = 16, vocab: int = 32, seed: int = 0) -> nn.Module: # takes token ids (batch, up to 32)
     "A random GPT-2 of transformers: `Conv1D` stores (in, out), and the output head is tied to the embedding."
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -72,6 +74,7 @@ def tiny_gpt2(layers: int = 2, width: int = 16, vocab: int = 32, seed: int = 0) 
                         resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
     with seeded(seed): return GPT2LMHeadModel(config)
 
+# %% ../nbs/api/01_testing.ipynb #b9237cfe
 class Tied(nn.Module):
     "Two layers of one weight."
     def __init__(self, width: int = 8):
@@ -84,7 +87,7 @@ def tied(width: int = 8, seed: int = 0) -> nn.Module: # takes (batch, width), gi
     "A model in which two layers share a weight."
     with seeded(seed): return Tied(width)
 
-# %% ../nbs/api/01_testing.ipynb #32863963
+# %% ../nbs/api/01_testing.ipynb #73f90c63
 def coordinates(p: Any, # a pattern: tile, group, layout, tail
                 shape: Sequence[int], # (out, in, *kernel)
                 ) -> tuple[list[Tensor], int]: # row, position and column of every weight, each (out, in, places); length of a row
@@ -97,7 +100,7 @@ def coordinates(p: Any, # a pattern: tile, group, layout, tail
     else: at, length = (o, q, i), inp
     return torch.broadcast_tensors(*at), length
 
-# %% ../nbs/api/01_testing.ipynb #bf39ca1e
+# %% ../nbs/api/01_testing.ipynb #5d03ccb7
 def membership(p: Any, # a pattern
                shape: Sequence[int], # (out, in, *kernel)
                ) -> tuple[Tensor, Tensor, int]: # tile and group of every weight, -1 in none, (out, in, places); tiles in a full group
@@ -116,7 +119,7 @@ def membership(p: Any, # a pattern
     size = (high if a == -1 else a) * (k * wide if b == -1 else b)
     return tile.where(inside, -1), group.where(inside, -1), size
 
-# %% ../nbs/api/01_testing.ipynb #5a061332
+# %% ../nbs/api/01_testing.ipynb #6f6941a3
 def check_tiles(mask: Tensor, # bool (out, in, *kernel), True = kept
                 pattern: Any, # tile, group, layout, tail
                 ) -> None:
@@ -130,7 +133,7 @@ def check_tiles(mask: Tensor, # bool (out, in, *kernel), True = kept
     torn = (kept > 0) & (kept < n)
     assert not torn.any(), f"{pattern!r}: tile {int(torn.int().argmax())} keeps {int(kept[torn][0])} of its {int(n[torn][0])} weights"
 
-# %% ../nbs/api/01_testing.ipynb #ab76650f
+# %% ../nbs/api/01_testing.ipynb #2258c02a
 def check_counts(mask: Tensor, # bool (out, in, *kernel), True = kept
                  pattern: Any, # tile, group, layout, tail
                  sparsity: float | None = None, # fraction of zeros; None takes the pattern's
@@ -150,12 +153,13 @@ def check_counts(mask: Tensor, # bool (out, in, *kernel), True = kept
     total = asked * size * len(names)
     assert pad.any() or abs(float(lost.sum()) - total) <= .5 + 1e-6, f"{pattern!r}: {float(lost.sum()):g} tiles are gone, {total:g} were asked"
 
+# %% ../nbs/api/01_testing.ipynb #8a5853ad
 def check_mask(mask: Tensor, pattern: Any, sparsity: float | None = None) -> None:
     "AssertionError unless the mask is legal for the pattern and exactly as sparse as asked, in every group and in total."
     check_tiles(mask, pattern)
     check_counts(mask, pattern, sparsity)
 
-# %% ../nbs/api/01_testing.ipynb #abe450d5
+# %% ../nbs/api/01_testing.ipynb #f82a7406
 Made = tuple[nn.Module, torch.optim.Optimizer, Any, Callable[[int], Tensor]]    # model, optimizer, sparsifier, loss of step t
 
 def train(made: Made,
@@ -177,7 +181,7 @@ def train(made: Made,
             optimizer.step()
         look(sparsifier)
 
-# %% ../nbs/api/01_testing.ipynb #73f90c63
+# %% ../nbs/api/01_testing.ipynb #d8ecf282
 def snapshot(made: Made) -> dict[str, Tensor]: # copies
     "Everything that must come out equal: the model's state, masks and dense weights."
     model, _, sparsifier, _ = made
@@ -189,32 +193,29 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys(), f"only one side has {', '.join(sorted(a.keys() ^ b.keys()))}"
     for k in a: assert torch.equal(a[k], b[k]), f"{k} differs at {int((a[k] != b[k]).sum())} of {a[k].numel()} places"
 
-# %% ../nbs/api/01_testing.ipynb #4350bb70
+# %% ../nbs/api/01_testing.ipynb #59b90a9a
+def at_every_step(make: Callable[[], Made], look: Callable[[Any, Any], None]) -> None: # called with every site and its pattern
+    "Look at every site at the start and after every step."
+    def all_sites(sp: Any) -> None:
+        for s in sp.sites: look(s, sp.pattern)
+    made = make()
+    all_sites(made[2])
+    train(made, look=all_sites)
+
 def exact_sparsity(make: Callable[[], Made]) -> None:
     "Every group, and the whole, is exactly as sparse as asked, at the start and after every step."
-    def look(sp: Any) -> None:
-        for s in sp.sites: check_counts(s.mask, sp.pattern, s.sparsity)
-    made = make()
-    look(made[2])
-    train(made, look=look)
+    at_every_step(make, lambda s, p: check_counts(s.mask, p, s.sparsity))
 
 def legal_mask(make: Callable[[], Made]) -> None:
     "Tiles stay or go whole, at the start and after every step."
-    def look(sp: Any) -> None:
-        for s in sp.sites: check_tiles(s.mask, sp.pattern)
-    made = make()
-    look(made[2])
-    train(made, look=look)
+    at_every_step(make, lambda s, p: check_tiles(s.mask, p))
 
 def zeros_outside(make: Callable[[], Made]) -> None:
     "What the model holds outside the mask is zero, at the start and after every step."
-    def look(sp: Any) -> None:
-        for s in sp.sites: assert not s.weight[~s.mask].any(), f"{s.name}: {int(s.weight[~s.mask].count_nonzero())} weights outside the mask"
-    made = make()
-    look(made[2])
-    train(made, look=look)
+    def look(s: Site, p: Any) -> None: assert not s.weight[~s.mask].any(), f"{s.name}: {int(s.weight[~s.mask].count_nonzero())} weights outside the mask"
+    at_every_step(make, look)
 
-# %% ../nbs/api/01_testing.ipynb #4d63778c
+# %% ../nbs/api/01_testing.ipynb #fb960fc5
 def same_keys(make: Callable[[], Made]) -> None:
     "Every site is in the state dict under its name, and neither training nor `detach` changes a key, shape or dtype."
     made = make()
@@ -227,6 +228,7 @@ def same_keys(make: Callable[[], Made]) -> None:
     sparsifier.detach()
     assert keys() == before, f"detach changed {sorted(set(keys().items()) ^ set(before.items()))[:4]}"
 
+# %% ../nbs/api/01_testing.ipynb #a690d2da
 def same_through_closure(make: Callable[[], Made]) -> None:
     "`optimizer.step(closure)` gives the same bits as a backward pass before `optimizer.step()`."
     plain, closed = make(), make()
@@ -234,6 +236,7 @@ def same_through_closure(make: Callable[[], Made]) -> None:
     train(closed, closure=True)
     assert_same(snapshot(plain), snapshot(closed))
 
+# %% ../nbs/api/01_testing.ipynb #8818ef1c
 def same_after_load(make: Callable[[], Made]) -> None:
     "A run that is saved half way, and loaded without pickle into fresh objects, ends with the same bits."
     straight, first, second = make(), make(), make()
@@ -246,7 +249,7 @@ def same_after_load(make: Callable[[], Made]) -> None:
     train(second, range(3, 6))
     assert_same(snapshot(straight), snapshot(second))
 
-# %% ../nbs/api/01_testing.ipynb #5d03ccb7
+# %% ../nbs/api/01_testing.ipynb #20d2b0d9
 PROMISES = (exact_sparsity, legal_mask, zeros_outside, same_keys, same_through_closure, same_after_load)
 
 def check_promises(make: Callable[[], Made], # fresh (model, optimizer, sparsifier, loss) at every call

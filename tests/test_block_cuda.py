@@ -6,37 +6,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from blocks import ALLOWED, captured, check, more_than_two_billion_inputs, problem, right
 
 try: import pytest
 except ImportError: pytest = None
 if pytest:
     pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
-
-ALLOWED = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 1e-5}
-
-
-def problem(rows, columns, r, c, tokens, dtype, sparsity=.7):
-    "A packed weight with an empty block row, inputs and output gradients, on the GPU."
-    from sparse_workbench.kernels.linear import pack
-    kept = torch.rand(rows, columns) >= sparsity
-    kept[rows // 2] = False
-    p = pack(torch.randn(rows * r, columns * c).to(dtype), 'block', (r, c), kept.repeat_interleave(r, 0).repeat_interleave(c, 1)).to('cuda')
-    x, dy = (torch.randn(tokens, n, device='cuda').to(dtype) for n in (columns * c, rows * r))
-    return p, x, dy, torch.randn(rows * r, device='cuda').to(dtype)
-
-
-def check(got, right, dtype, what):
-    scale = right.abs().max().clip(1).item() if right.numel() else 1
-    assert got.isfinite().all(), (*what, 'not written')
-    assert torch.allclose(got.double(), right, rtol=0, atol=ALLOWED[dtype] * scale), (*what, (got - right).abs().max().item() / scale)
-
-
-def right(p, x, dy, bias):
-    "The three products by the twin, in float64."
-    from sparse_workbench.kernels.linear import KERNELS
-    twin, exact = next(k for k in KERNELS if k.name == 'block twin'), (p.values.double(), p.index, p.shape)
-    return twin.forward(x.double(), *exact, bias.double()), twin.grad_x(dy.double(), *exact), twin.grad_values(dy.double(), x.double(), *exact)
-
 
 def test_every_block_type_and_tile():
     from sparse_workbench.kernels.block import SIZES, block_forward, block_grad_values, block_grad_x
@@ -54,7 +29,7 @@ def test_every_output_is_written_and_nothing_else():
     from sparse_workbench.kernels.block import _outer, _sum, by_column
     from sparse_workbench.kernels.linear import block_rows
     for r, c, tokens in ((16, 16, 5), (32, 64, 129), (128, 128, 300), (64, 16, 64)):
-        for sparsity in (0., .8, 1.):
+        for sparsity in (0., .8, 2.):
             p, x, dy, bias = problem(4, 3, r, c, tokens, torch.bfloat16, sparsity)
             whole = [torch.full((len(z) + 5, *z.shape[1:]), float('nan'), dtype=torch.bfloat16, device='cuda') for z in (dy, x, p.values)]
             y, dx, dv = (z[:-5] for z in whole)
@@ -70,7 +45,7 @@ def test_empty():
     p, x, dy, bias = problem(4, 3, 32, 32, 0, torch.float16)
     assert block_forward(x, p.values, p.index, p.shape, bias).shape == (0, 128) and block_grad_x(dy, p.values, p.index, p.shape).shape == (0, 96)
     assert not block_grad_values(dy, x, p.values, p.index, p.shape).any()
-    p, x, dy, bias = problem(4, 3, 32, 32, 9, torch.float16, 1.)
+    p, x, dy, bias = problem(4, 3, 32, 32, 9, torch.float16, 2.)
     assert torch.equal(block_forward(x, p.values, p.index, p.shape, bias), bias.expand(9, 128)) and not block_grad_x(dy, p.values, p.index, p.shape).any()
 
 
@@ -99,30 +74,37 @@ def test_compiled_autocast_and_captured():
         assert layer(x).dtype == torch.bfloat16 and torch.equal(compiled(x), layer(x))
     x_ = x.clone().requires_grad_()
     params = (x_, layer.values, layer.bias)
-    def step(): return torch.autograd.grad(layer(x_), params, dy)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): eager = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, eager): assert torch.equal(a, b)
+    captured(lambda: torch.autograd.grad(layer(x_), params, dy))
+
+
+def test_few_tokens_on_hopper():
+    from sparse_workbench.kernels.block import _few, few_agrees, few_forward, ranked
+    from sparse_workbench.kernels.linear import choose, sparse_linear
+    if torch.cuda.get_device_capability() != (9, 0): return print('  left out: needs compute capability 9.0')
+    for dtype in (torch.bfloat16, torch.float16):
+        for r, c in ((16, 16), (32, 32), (64, 64), (128, 128)) if dtype == torch.float16 else ((128, 128), (64, 64), (256, 64), (64, 256), (128, 16), (16, 128)):
+            assert few_agrees(torch.device('cuda:0'), dtype, r, c), (dtype, r, c)
+            for rows, columns in ((5, 6), (40, 3), (2, 33)):
+                for tokens in (1, 16, 31, 64, 130):
+                    p, x, dy, bias = problem(rows, columns, r, c, tokens, dtype)
+                    exact = right(p, x, dy, bias)[0]
+                    if len(p.values):
+                        whole = torch.full((tokens + 70, p.shape[0]), float('nan'), dtype=dtype, device='cuda')
+                        _few(x, p.values, p.index[1], ranked(p.index[0]), bias, whole[:tokens])
+                        check(whole[:tokens], exact, dtype, (dtype, r, c, rows, columns, tokens))
+                        assert whole[tokens:].isnan().all(), (dtype, r, c, tokens)
+                    check(few_forward(x, p.values, p.index, p.shape, bias), exact, dtype, (dtype, r, c, rows, columns, tokens))
+                    check(few_forward(x, p.values, p.index, p.shape, None), exact - bias.double(), dtype, ('no bias', dtype, r, c, rows, columns, tokens))
+    p, x, dy, bias = problem(6, 4, 64, 64, 33, torch.bfloat16)
+    assert [choose('block', p.values, n).name for n in (1, 64, 65)] == ['block few tokens', 'block few tokens', 'block triton']
+    odd = torch.empty(x.numel() + 1, device='cuda', dtype=x.dtype)[1:].view_as(x).copy_(x)
+    assert torch.equal(sparse_linear(odd, p, bias), sparse_linear(x, p, bias))
+    captured(lambda: [sparse_linear(x, p, bias)])
 
 
 def test_more_than_two_billion_inputs():
     from sparse_workbench.kernels.block import block_forward, block_grad_values, block_grad_x
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30: return print('  left out: less than 24 GB free')
-    tokens = 2**31 // 4096 + 77                                                # the last rows begin beyond 2³¹ elements
-    p, _, _, bias = problem(2, 64, 64, 64, 1, torch.float16)
-    x, dy = torch.zeros(tokens, 4096, device='cuda', dtype=torch.float16), torch.zeros(tokens, 128, device='cuda', dtype=torch.float16)
-    x[-9:], dy[-9:] = torch.randn(9, 4096).half(), torch.randn(9, 128).half()
-    exact = p.values, p.index, p.shape
-    y, gx, gv = right(p, x[-9:], dy[-9:], bias)
-    check(block_forward(x, *exact, bias)[-9:], y, torch.float16, ('y',))
-    check(block_grad_x(dy, *exact)[-9:], gx, torch.float16, ('x',))
-    check(block_grad_values(dy, x, *exact), gv, torch.float16, ('values',))
+    more_than_two_billion_inputs(block_forward, block_grad_x, block_grad_values)
 
 
 if __name__ == '__main__':

@@ -75,7 +75,7 @@ def cycles() -> None:
         copy = weakref.ref(board.study.bench.copy)
         board.close()
         return copy
-    for _ in range(5): once()
+    for _ in range(20): once()                        # caches fill and the allocator settles
     gc.collect()
     widgets, memory = len(W.widgets.widget._instances), resident()
     copies = [once() for _ in range(50)]
@@ -126,7 +126,7 @@ def test_a_deleted_model_is_named():
     board.close()
     del model
     gc.collect()
-    with pytest.raises(ReferenceError, match='model was deleted'): board.widget()
+    with pytest.raises(ReferenceError, match="'model' was deleted"): board.widget()
     assert 'deleted' in board._repr_mimebundle_()['text/html']
 
 

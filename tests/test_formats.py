@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,101 @@ def test_random_parts_never_crash(kind, seed, changes):
         if entry['shape'] != [32, 48]: raise ValueError('another shape')
     except ValueError: return
     formats.read_parts(parts, entry, out)
+
+
+def moved(t):
+    "The same tensor in the middle of other memory, as in a mapped file: at a multiple of its own width and of nothing more."
+    one = torch.ones(1).to(t.dtype)
+    return torch.cat([x.view(torch.uint8) for x in (one, t.reshape(-1), one)])[t.element_size():-t.element_size()].view(t.dtype).view(t.shape)
+
+
+def same_as_the_twin(x, seed=0):
+    "Every format of a weight, read fast and by the twin, into memory that holds something else."
+    for e, _ in formats.all_costs(x):
+        parts, entry = stored(x, e)
+        for out in (random_bits(x.shape, x.dtype, 0, seed), turned(random_bits(x.shape[::-1], x.dtype, 0, seed))):
+            for read in (formats.read_parts, formats.read_twin): assert same_bits(read(parts, entry, out), x), (read.__name__, e)
+        memory = moved(torch.ones(x.shape).to(x.dtype))                                       # with a weight before it and one after it
+        assert same_bits(formats.read_parts({n: moved(t) for n, t in parts.items()}, entry, memory), x), e
+        whole = torch.empty(0, dtype=torch.uint8).set_(memory.untyped_storage()).view(x.dtype)
+        assert whole[0].float() == whole[-1].float() == 1 and len(whole) == x.numel() + 2, f'{e}: written beside the weight'
+
+
+@pytest.mark.parametrize('piece', [8, 64, 2**16])
+@pytest.mark.parametrize('how, shape', [('unstructured', (37, 29)), ('unstructured', (1, 1)), ('2:4', (12, 20)), ('2:4:out', (20, 12)), ('4:8', (9, 40)), ('1:4:out', (16, 7)), ('8:16', (5, 32)),
+                                        ('block4', (20, 36)), ('block4x32', (12, 96)), ('block32x4', (64, 12)), ('row', (11, 13)), ('col', (11, 13)), ('2:4', (6, 8, 3, 3)), ('2:4:out', (8, 6, 3, 3))])
+def test_fast_readers_agree_with_the_twin(monkeypatch, piece, how, shape):
+    monkeypatch.setattr(formats, 'PIECE', piece)
+    for dtype, sparsity in ((torch.bfloat16, .9), (torch.float32, .5), (torch.float8_e4m3fn, 0.), (torch.float64, 1.)): same_as_the_twin(in_pattern(how, shape, dtype, 3, sparsity))
+
+
+def test_fast_readers_agree_on_more_than_a_piece():
+    torch.manual_seed(0)
+    for how, shape in (('unstructured', (333, 777)), ('2:4', (130, 1000)), ('2:4:out', (1000, 130)), ('block8', (264, 520)), ('block64', (320, 384)), ('2:4:out', (128, 70, 3, 3))):
+        same_as_the_twin(in_pattern(how, shape, torch.bfloat16, 1, .8))
+
+
+def test_reading_takes_a_few_pieces_of_memory():
+    "Beside the weight: what numpy allocates, as it tells tracemalloc; torch allocates only where an N:M weight is turned."
+    for how, kind in (('unstructured', 'bitmask'), ('unstructured', 'csr'), ('2:4', '2:4'), ('2:4:out', '2:4'), ('block4', 'block4'), ('col', 'block')):
+        x = in_pattern(how, (2048, 1024), torch.float32, 0, .5)
+        parts, entry = stored(x, formats.cheapest(x, kind))
+        out = torch.ones_like(x)
+        formats.read_parts(parts, entry, out)                                      # tables are made once
+        tracemalloc.start()
+        try:
+            formats.read_parts(parts, entry, out)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+        assert same_bits(out, x) and peak < 40 * formats.PIECE < x.nbytes, (how, kind, peak)
+
+
+def test_checksum_of_spans(tmp_path, monkeypatch):
+    "A file of several spans: any byte of any span counts, and so does their order; a folder with one checksum of the whole is read too."
+    monkeypatch.setattr(formats, 'SPAN', 2**20)
+    monkeypatch.setattr(formats.fingerprint, '__defaults__', (2**20,))
+    torch.manual_seed(0)
+    model = nn.Linear(1024, 1200).bfloat16()
+    folder = save_sparse(model, tmp_path/'m')
+    told, path = manifest(folder)['files']['model.safetensors'], folder/'model.safetensors'
+    good = path.read_bytes()
+    assert told['span'] == 2**20 and told['sha256'] == hashlib.sha256(b''.join(hashlib.sha256(good[i:i + 2**20]).digest() for i in range(0, len(good), 2**20))).hexdigest()
+    swapped = good[:2**20] + good[2**21:] + good[2**20:2**21]
+    for at in (0, 2**20 - 1, 2**20, len(good) - 1, None):
+        path.write_bytes(swapped if at is None else good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        with pytest.raises(ValueError, match='model.safetensors: damaged, its checksum is not the one'): load_sparse(folder, other(model))
+    path.write_bytes(good)
+    assert_same(load_sparse(folder, other(model)), model)
+    m = json.loads((folder/'sparsity.json').read_text())
+    for change, words in ((dict(span=0), "'span' is 0, and a span has"), (dict(span=-2**20), "'span' is -1048576"), (dict(span=2**19), "'span' is 524288"), (dict(span='9'), "'span' must be int"),
+                          (dict(span=2**21), 'damaged'), (dict(span=2**70), 'damaged'), (dict(sha256=hashlib.sha256(good).hexdigest()), 'damaged')):
+        (folder/'sparsity.json').write_text(json.dumps(m | dict(files={'model.safetensors': told | change})))
+        with pytest.raises(ValueError, match=words): load_sparse(folder, other(model))
+    (folder/'sparsity.json').write_text(json.dumps(m | dict(files={'model.safetensors': dict(bytes=len(good), sha256=hashlib.sha256(good).hexdigest())})))
+    assert_same(load_sparse(folder, other(model)), model)
+
+
+def test_nothing_is_drawn_for_a_model_that_is_read(gpt, monkeypatch):
+    "Building from the folder leaves parameters empty, keeps buffers, and takes no random number."
+    import transformers
+    state, drawn = torch.get_rng_state(), []
+    real = transformers.GPT2LMHeadModel._from_config.__func__
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, '_from_config', classmethod(lambda cls, *a, **k: drawn.append(1) or real(cls, *a, **k)))
+    model = load_sparse(gpt)
+    assert len(drawn) == 2 and torch.equal(state, torch.get_rng_state())               # once without memory, once in full
+    right = real(transformers.GPT2LMHeadModel, model.config)
+    assert [n for n, _ in right.named_buffers()] == [n for n, _ in model.named_buffers()]
+    for (n, a), b in zip(right.named_buffers(), model.buffers()): assert torch.equal(a, b), n
+    assert all(p.requires_grad and type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_buffers_outside_the_state_dict_are_computed(tmp_path):
+    "Rotary frequencies of a transformers Llama are in no file."
+    model = transformers_models()['llama']()
+    back = load_sparse(save_sparse(model, tmp_path/'m'))
+    names = [n for n, _ in model.named_buffers() if n not in model.state_dict()]
+    assert names
+    for n in names: assert torch.equal(model.get_buffer(n), back.get_buffer(n)) and model.get_buffer(n).any(), n
 
 
 def test_chunks_change_nothing(monkeypatch):

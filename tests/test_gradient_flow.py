@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_workbench import gradient_flow
+from sparse_workbench import gradient_flow, recipes
 from sparse_workbench.core import sites
 from sparse_workbench.flows import cut, dense_momentum, explore, l1, sr_ste, ste
 from sparse_workbench.gradient_flow import MEASURES, GradientFlow, compare
 from sparse_workbench.patterns import nm
-from sparse_workbench.rules import keep_best
+from sparse_workbench.rules import drop_grow, keep_best
 from sparse_workbench.schedules import cubic, every
 from sparse_workbench.scores import random
 from sparse_workbench.sparsifier import Sparsifier, record
@@ -304,6 +304,27 @@ def test_beside_other_records_and_twice():
     for s in run[2].sites:
         for e in (x for x in events.rows() if x['site'] == s.name and x['name'] in ('grad_kept', 'grad_pruned')):
             assert value(a, e['name'], s.name, e['step']) == pytest.approx(e['value'], rel=1e-5)
+
+
+@pytest.mark.parametrize('how', [dict(flow=ste, pattern='2:4'), dict(rule=drop_grow(), sparsity=.8, when=every(2)), dict(sparsity=cubic(.3, .9, 4))],
+                         ids=['2:4', 'drop_grow', 'gradual'])
+def test_all_counts_of_flips_are_one(how):
+    "The table of events, the flip rate and the recorder, of layers in one bucket and in two, against masks compared by hand."
+    with seeded(0): model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 3000), nn.Linear(3000, 8))
+    opt = SGD(model.parameters())
+    sp = Sparsifier(sites(model), **how).attach(opt)
+    events, rates, r = record(sp), recipes.flips(sp), GradientFlow(sp, every=1)
+    assert [len(b.sites) for b in sp.buckets] == [2, 1, 1]
+    for t in range(1, 6):
+        before = [s.mask.clone() for s in sp.sites]
+        train(model, opt, sp, 1)
+        turned = [m ^ s.mask for m, s in zip(before, sp.sites)]
+        assert [value(r, 'flips', s.name, t) for s in sp.sites] == [int(x.sum()) for x in turned]
+        if not sp.when(t): continue
+        said = {(x['site'], x['name']): x['value'] for x in events.rows() if x['step'] == t}
+        assert [said[s.name, 'dropped'] for s in sp.sites] == [int((x & m).sum()) for x, m in zip(turned, before)]
+        assert [said[s.name, 'grown'] for s in sp.sites] == [int((x & ~m).sum()) for x, m in zip(turned, before)]
+        assert rates[-1] == (t, sum(int(x.sum()) for x in turned) / sum(x.numel() for x in turned))
 
 
 def test_detach_removes_every_hook():

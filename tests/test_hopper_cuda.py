@@ -6,44 +6,19 @@ import sys
 import warnings
 
 import torch
+from blocks import captured, check, more_than_two_billion_inputs, problem, right
 
 try: import pytest
 except ImportError: pytest = None
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 if pytest: pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HOPPER, reason='needs a GPU of compute capability 9.0')]
 
-ALLOWED = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
-
-def problem(rows, columns, r, c, tokens, dtype, sparsity=.6, seed=0):
-    "A packed weight with an empty block row and column, inputs, output gradients and a bias."
-    from sparse_workbench.kernels.linear import pack
-    g = torch.Generator().manual_seed(seed)
-    kept = torch.rand(rows, columns, generator=g) >= sparsity
-    kept[rows // 2], kept[:, 0] = False, False
-    w = torch.randn(rows * r, columns * c, generator=g).to(dtype)
-    p = pack(w, 'block', (r, c), kept.repeat_interleave(r, 0).repeat_interleave(c, 1)).to('cuda')
-    x, dy = (torch.randn(tokens, n, generator=g).to('cuda', dtype) for n in (columns * c, rows * r))
-    return p, x, dy, torch.randn(rows * r, generator=g).to('cuda', dtype)
-
-
-def check(got, right, dtype, what, looser=1):
-    scale = right.abs().max().clip(1).item() if right.numel() else 1
-    assert got.isfinite().all(), (*what, 'not written')
-    off = (got.double() - right).abs().max().item() / scale if right.numel() else 0
-    assert off <= ALLOWED[dtype] * looser, (*what, off)
-
-
-def right(p, x, dy, bias):
-    "The three products by the twin, in float64."
-    from sparse_workbench.kernels.linear import KERNELS
-    twin, exact = next(k for k in KERNELS if k.name == 'block twin'), (p.values.double(), p.index, p.shape)
-    return twin.forward(x.double(), *exact, bias.double()), twin.grad_x(dy.double(), *exact), twin.grad_values(dy.double(), x.double(), *exact)
+TYPES = torch.float16, torch.bfloat16
 
 
 def test_every_block_and_type():
     from sparse_workbench.kernels.hopper import BLOCKS, hopper_forward, hopper_grad_values, hopper_grad_x
-    for dtype in ALLOWED:
+    for dtype in TYPES:
         for r, c in BLOCKS:
             for rows, columns in ((5, 6), (40, 3), (2, 33)):                       # few tiles, many tiles, long lists
                 for tokens in (1, 128, 333, 1500):
@@ -85,9 +60,9 @@ def test_empty():
 
 def test_the_operator_chooses_them_and_trains():
     from sparse_workbench.kernels.linear import Packed, choose, sparse_linear
-    for dtype in ALLOWED:
+    for dtype in TYPES:
         p, x, dy, bias = problem(6, 4, 128, 64, 777, dtype)
-        assert choose('block', p.values, 777).name == 'block hopper' and choose('block', p.values, 77).name == 'block triton'
+        assert choose('block', p.values, 777).name == 'block hopper' and choose('block', p.values, 77).name == 'block triton' and choose('block', p.values, 7).name == 'block few tokens'
         x_, b_, v = x.t().contiguous().t().requires_grad_(), bias.clone().requires_grad_(), p.values.clone().requires_grad_()
         def gradients(): return torch.autograd.grad(sparse_linear(x_, Packed('block', p.shape, {**p.tensors, 'values': v}), b_), (x_, v, b_), dy)
         _, gx, gv = right(p, x, dy, bias)
@@ -101,16 +76,7 @@ def test_compiled_and_captured():
     layer = SparseLinear(p, bias)
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
     x_ = x.clone().requires_grad_()
-    def step(): return torch.autograd.grad(layer(x_), (x_, layer.values, layer.bias), dy)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): eager = step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(captured, eager): assert torch.equal(a, b)
+    captured(lambda: torch.autograd.grad(layer(x_), (x_, layer.values, layer.bias), dy))
 
 
 def test_a_topology_that_changes_is_seen():
@@ -124,10 +90,10 @@ def test_a_topology_that_changes_is_seen():
 
 
 def test_a_wrong_build_is_left_out():
-    from sparse_workbench.kernels import hopper
+    from sparse_workbench.kernels import block, hopper
     from sparse_workbench.kernels.linear import choose
-    v, kept, was = torch.ones(3, 64, 128, device='cuda').half(), dict(hopper._TRUSTED), hopper.hopper_forward
-    hopper._TRUSTED.clear()
+    v, kept, was = torch.ones(3, 64, 128, device='cuda').half(), dict(block._TRUSTED), hopper.hopper_forward
+    block._TRUSTED.clear()
     try:
         hopper.hopper_forward = lambda *a: was(*a) * 1.1
         with warnings.catch_warnings(record=True) as told:
@@ -136,8 +102,8 @@ def test_a_wrong_build_is_left_out():
         assert len(told) == 1 and 'gives wrong numbers' in str(told[0].message)
     finally:
         hopper.hopper_forward = was
-        hopper._TRUSTED.clear()
-        hopper._TRUSTED.update(kept)
+        block._TRUSTED.clear()
+        block._TRUSTED.update(kept)
 
 
 def test_the_fused_feed_forward_layer():
@@ -159,16 +125,7 @@ def test_the_fused_feed_forward_layer():
 
 def test_more_than_two_billion_inputs():
     from sparse_workbench.kernels.hopper import hopper_forward, hopper_grad_values, hopper_grad_x
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30: return print('  left out: less than 40 GB free')
-    tokens = 2**31 // 4096 + 77                                                # the last rows begin beyond 2³¹ elements
-    p, _, _, bias = problem(2, 64, 64, 64, 1, torch.float16)
-    x, dy = torch.zeros(tokens, 4096, device='cuda', dtype=torch.float16), torch.zeros(tokens, 128, device='cuda', dtype=torch.float16)
-    x[-9:], dy[-9:] = torch.randn(9, 4096).half(), torch.randn(9, 128).half()
-    exact = p.values, p.index, p.shape
-    y, gx, gv = right(p, x[-9:], dy[-9:], bias)
-    check(hopper_forward(x, *exact, bias)[-9:], y, torch.float16, ('y',))
-    check(hopper_grad_x(dy, *exact)[-9:], gx, torch.float16, ('x',))
-    check(hopper_grad_values(dy, x, *exact), gv, torch.float16, ('values',))
+    more_than_two_billion_inputs(hopper_forward, hopper_grad_x, hopper_grad_values)
 
 
 if __name__ == '__main__':

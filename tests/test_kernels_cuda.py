@@ -39,6 +39,42 @@ def test_every_size_and_type():
                     assert torch.equal(nm_keep_kernel(x, keep).cpu(), twin(x, keep)), (dtype, size, groups, keep)
 
 
+def test_long_groups():
+    from sparse_workbench.kernels.nm import LONGEST, nm_keep_kernel, nm_mask_magnitude, row_keep_kernel
+    from sparse_workbench.patterns import rows_by_value
+    for dtype in DTYPES:
+        for size in (17, 31, 32, 33, 64, 100, 256, 1000, 4096, 5000, LONGEST) if dtype == torch.bfloat16 else (17, 32, 300):
+            x = hard(max(3, 100_000 // size), size, dtype)
+            x = x.where(~x.isnan(), 1)
+            for keep in {1, size // 32 + 1, size // 3, size - 1}: assert torch.equal(nm_keep_kernel(x, keep).cpu(), rows_by_value(x.cpu(), size - keep)), (dtype, size, keep)
+            w = torch.randn(77, 3 * size, device='cuda').to(dtype)
+            assert torch.equal(nm_mask_magnitude(w, 2, size).cpu(), rows_by_value(w.abs().cpu().view(-1, size), size - 2).view_as(w)), (dtype, size)
+    x = torch.randn(9, LONGEST + 5, device='cuda')
+    assert torch.equal(row_keep_kernel(x, 999).cpu(), rows_by_value(x.cpu(), 999))
+
+
+def test_a_step_waits_for_nothing():
+    from torch import nn
+
+    from sparse_workbench import recipes
+    methods = {'STE': (recipes.ste, {}), 'SR-STE': (recipes.sr_ste, {}), 'MdGf linear': (recipes.mask_decay, dict(kind='linear')), 'MdGf': (recipes.mask_decay, {}),
+               'SdGf': (recipes.structure_decay, {}), 'SdGf geometric': (recipes.structure_decay, dict(kind='geometric'))}
+    for name, (recipe, how) in methods.items():
+        for pattern in ('2:4', '1:16', '1:32'):
+            model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 512)).cuda()
+            opt = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+            x = torch.randn(8, 256, device='cuda')
+            sp = recipe(model, opt, pattern=pattern, total_steps=20, **how)
+            for step in range(20):
+                model(x).square().mean().backward()
+                torch.cuda.set_sync_debug_mode('error' if step > 1 else 'default')       # the first step makes the optimizer's state
+                try: opt.step()
+                except RuntimeError as e: raise AssertionError((name, pattern, step)) from e
+                finally: torch.cuda.set_sync_debug_mode('default')
+                opt.zero_grad()
+            sp.detach()
+
+
 def test_magnitude_from_the_weight():
     from sparse_workbench.kernels.nm import nm_mask_magnitude
     for dtype in DTYPES:

@@ -174,6 +174,113 @@ def test_layer(format):
 
 
 @pytest.mark.parametrize('format', FORMATS)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_weight_is_there_to_look_at(format, dtype):
+    torch.manual_seed(3)
+    w, p, kept = sparse(format, 4, 4, dtype)
+    some = kept.nonzero()
+    w[tuple(some[0])], w[tuple(some[1])] = float('nan'), float('inf')
+    layer = SparseLinear(pack(w, format, (3, 5) if format == 'block' else None, kept))
+    seen, exact = layer.weight.detach(), unpack(layer.packed)
+    assert torch.equal(bits(exact), bits(w)) and torch.equal(seen.isnan(), w.isnan()) and torch.equal(bits(seen)[~w.isnan()], bits(w)[~w.isnan()])
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (w.shape, dtype, w.device) and layer.weight is not layer.weight
+    layer = SparseLinear(p)
+    g = torch.randn(w.shape).to(dtype)
+    (layer.weight * g).sum().backward()
+    right = FORMATS['2:4'].take(g, p.index, p.shape) if format == '2:4' else pack(g, format, (3, 5) if format == 'block' else None, kept).values
+    assert torch.equal(layer.values.grad, right)
+    assert not layer.requires_grad_(False).weight.requires_grad
+    meta = layer.to('meta').weight
+    assert meta.is_meta and meta.shape == w.shape and meta.dtype == dtype
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_weight_is_no_state(format):
+    _, p, _ = sparse(format, 4, 4, torch.float32)
+    layer = SparseLinear(p, torch.randn(p.shape[0]))
+    layer.weight.sum()
+    assert layer.state_dict().keys() == {*p.tensors, 'bias'} and [n for n, _ in layer.named_parameters()] == ['values', 'bias']
+    assert [n for n, _ in layer.named_buffers()] == [n for n in p.tensors if n != 'values']
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other.weight, layer.weight) and other.values.data_ptr() != layer.values.data_ptr()
+        with torch.no_grad(): other.values.add_(1)
+        assert not torch.equal(other.weight, layer.weight) and torch.equal(layer.weight, unpack(p))
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(other.weight, layer.weight)
+
+
+def test_weight_cannot_be_assigned():
+    layer = SparseLinear(pack(torch.eye(4), 'bitmask'))
+    dense = torch.ones(4, 4)
+    for change in (lambda: setattr(layer, 'weight', dense), lambda: setattr(layer, 'weight', nn.Parameter(dense)), lambda: setattr(layer, 'weight', None),
+                   lambda: layer.register_parameter('weight', nn.Parameter(dense))):
+        with pytest.raises(AttributeError, match=r"a SparseLinear is packed and cannot be assigned: make a new layer, SparseLinear\(pack\(weight, 'bitmask', …\), bias\), or a dense nn.Linear from unpack\(layer.packed\)"): change()
+    with pytest.raises(AttributeError): del layer.weight
+    with torch.no_grad(): layer.weight.zero_()                                  # a copy
+    assert torch.equal(layer.weight, torch.eye(4)) and [n for n, _ in layer.named_parameters()] == ['values']
+    layer.register_parameter('scale', nn.Parameter(torch.ones(1)))
+    layer.bias = nn.Parameter(torch.ones(4))
+    assert {n for n, _ in layer.named_parameters()} == {'values', 'bias', 'scale'}
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_forward_makes_no_dense_weight_to_look_at(format, monkeypatch):
+    _, p, _ = sparse(format, 4, 4, torch.float32)
+    layer, x = SparseLinear(p, torch.randn(p.shape[0])), torch.randn(3, p.shape[1])
+    right, looks = layer(x), []
+    monkeypatch.setattr(SparseLinear, 'weight', property(lambda self: looks.append(1)))
+    compiled = torch.compile(layer, fullgraph=True, backend='eager')
+    assert torch.equal(layer(x), right) and torch.equal(compiled(x), right) and not looks
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize('format', ['bitmask', '2:4', 'block'])
+def test_a_look_at_the_dtype_is_compiled_away(format):
+    from torch._dynamo.backends.common import aot_autograd
+    class Looks(nn.Module):
+        def __init__(self, layer, far):
+            super().__init__()
+            self.layer, self.far = layer, far
+        def forward(self, x): return self.layer(x.to(self.layer.weight.dtype)) * (self.layer.weight.sum() if self.far else 1)
+    _, p, _ = sparse(format, 4, 4, torch.float32)
+    x, nodes = torch.randn(3, p.shape[1], dtype=torch.float64), []
+    def count(graph, inputs):
+        nodes.append([str(n.target) for n in graph.graph.nodes if n.op == 'call_function'])
+        return graph.forward
+    for far in (False, True):
+        torch.compiler.reset()
+        model = Looks(SparseLinear(p), far)
+        with torch.no_grad(): assert torch.allclose(torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=count))(x), model(x))
+    torch.compiler.reset()
+    assert len(nodes[0]) < 6 < len(nodes[1]) and sum('sparse_linear' in n for n in nodes[0]) == 1, nodes
+
+
+def test_sharded_by_fsdp():
+    "The values and the bias are sharded, gathered for the product and trained; here by one process."
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    if dist.is_initialized(): pytest.skip('another test left its processes')
+    torch.manual_seed(0)
+    _, p, _ = sparse('block', 4, 4, torch.float32)
+    plain = nn.Sequential(SparseLinear(p, torch.randn(p.shape[0])), nn.ReLU())
+    x = torch.randn(5, p.shape[1])
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = copy.deepcopy(plain)
+        fully_shard(model, mesh=dist.init_device_mesh('cpu', (1,)))
+        for m in (plain, model):
+            opt = torch.optim.SGD(m.parameters(), lr=.1)
+            for _ in range(2):
+                opt.zero_grad()
+                m(x).square().sum().backward()
+                opt.step()
+        assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()] == ['0.values', '0.bias']
+        for a, b in zip(model.parameters(), plain.parameters()): assert torch.allclose(a.full_tensor(), b)
+        assert torch.allclose(model(x), plain(x))
+    finally: dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('format', FORMATS)
 def test_compile_and_autocast(format):
     torch.manual_seed(2)
     torch.compiler.reset()

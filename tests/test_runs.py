@@ -463,6 +463,28 @@ def test_values_from_text():
     assert [cli.read_value(text, kind) for text, kind, _ in cases] == [v for *_, v in cases]
 
 
+# ---- the experiments of this project ----
+
+EXPERIMENTS = sorted((ROOT/'nbs/experiments').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_can_be_asked(path, tmp_path, fake):
+    own = {p.name: p.default for p in execute.parameters(path).values()}
+    assert own, 'an experiment has parameters'
+    r = run(path, store=tmp_path/'runs', progress=False, **own)        # a name that `run` keeps for itself is a TypeError here
+    assert r.params == own and fake == [tmp_path/'runs'/fake[0].name]
+    assert run(path, store=tmp_path/'runs').cached, 'its own defaults are the same question'
+    pairs = [f'{k}={json.dumps(v)}' for k, v in own.items() if not isinstance(v, str)] + [f'{k}={v}' for k, v in own.items() if isinstance(v, str)]
+    assert cli.read_params(str(path), pairs) == own
+
+
+@pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_takes_its_folder(path):
+    cell = execute.tagged(execute.read_notebook(path), 'parameters')
+    assert 'out' in [name for name, *_ in execute.assignments(path, cell['source'])], 'else its answer is empty'
+
+
 # ---- jobs and sweeps ----
 
 GATE = code("import os, time\nfrom pathlib import Path\nif x < 0: raise ValueError(f'{x} is below zero')\n"

@@ -42,7 +42,7 @@ class Packed:
         return Packed(self.format, self.shape, {n: values if n == 'values' else t.to(values.device) for n, t in self.tensors.items()})
     def __repr__(self): return f"Packed({self.format!r}, {self.shape}, {self.dtype}, {self.values.numel()} values, {self.nbytes} bytes)"
 
-# %% ../../nbs/api/30_linear.ipynb #fe867c5a
+# %% ../../nbs/api/30_linear.ipynb #6586deef
 def pack_bits(flags: Tensor, # bool (rows, n)
               ) -> Tensor: # uint8 (rows, n / 8 rounded up)
     "Eight flags to a byte, lowest bit first; unused bits of a row's last byte are 0."
@@ -54,7 +54,7 @@ def unpack_bits(packed: Tensor, # uint8 (rows, n / 8 rounded up)
     "Undo `pack_bits`."
     return (packed[:, :, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1).bool().flatten(1)[:, :n]
 
-# %% ../../nbs/api/30_linear.ipynb #e31b5d97
+# %% ../../nbs/api/30_linear.ipynb #3e64639a
 def _store_2_of_4(w, kept, must, block) -> dict[str, Tensor]:
     worst = int(must.view(-1, 4).sum(1).max()) if must.numel() else 0
     if worst > 2: raise ValueError(f"'2:4' keeps at most 2 of 4 neighbours along in, and a group of this weight keeps {worst}: prune with nm(2, 4) first, or pack as 'bitmask'")
@@ -63,6 +63,7 @@ def _store_2_of_4(w, kept, must, block) -> dict[str, Tensor]:
     halves = torch.stack([places & 1, places >> 1], 2).flatten(1).bool()
     return dict(values=w.reshape(-1, 4)[two].view(places.shape), positions=pack_bits(halves))
 
+# %% ../../nbs/api/30_linear.ipynb #356d9698
 def _places_2_of_4(index: list[Tensor], shape: tuple[int, int]) -> Tensor: # (groups, 2)
     halves = unpack_bits(index[0], shape[1]).reshape(-1, 2, 2)
     return halves[..., 0].long() + 2 * halves[..., 1].long()
@@ -74,7 +75,7 @@ def _dense_2_of_4(values, index, shape) -> Tensor:
 def _take_2_of_4(dense, index, shape) -> Tensor:
     return dense.reshape(-1, 4).gather(1, _places_2_of_4(index, shape)).view(shape[0], shape[1] // 2)
 
-# %% ../../nbs/api/30_linear.ipynb #f9097f77
+# %% ../../nbs/api/30_linear.ipynb #6fd50162
 def _store_blocks(w, kept, must, block) -> dict[str, Tensor]:
     (r, c), (rows, columns) = block, (w.size(0) // block[0], w.size(1) // block[1])
     tiles = w.view(rows, r, columns, c).transpose(1, 2)
@@ -88,6 +89,7 @@ def block_rows(offsets: Tensor, # (block rows + 1,)
     "The block row that each block lies in."
     return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(), output_size=len(columns))
 
+# %% ../../nbs/api/30_linear.ipynb #c0d93327
 def _tiles(dense: Tensor, values: Tensor) -> Tensor: # (block rows, block columns, r, c), sharing memory
     r, c = values.shape[1:]
     return dense.view(dense.size(0) // r, r, dense.size(1) // c, c).transpose(1, 2)
@@ -97,7 +99,7 @@ def _dense_blocks(values, index, shape) -> Tensor:
     _tiles(dense, values)[block_rows(*index), index[1].long()] = values
     return dense
 
-# %% ../../nbs/api/30_linear.ipynb #356d9698
+# %% ../../nbs/api/30_linear.ipynb #1d5c09eb
 @dataclass(frozen=True)
 class Format:
     "How one format stores a weight."
@@ -115,7 +117,7 @@ FORMATS = {
     '2:4': Format(_store_2_of_4, _dense_2_of_4, _take_2_of_4),
     'block': Format(_store_blocks, _dense_blocks, None)}
 
-# %% ../../nbs/api/30_linear.ipynb #9e4fa9ab
+# %% ../../nbs/api/30_linear.ipynb #2d2840b3
 def _check_weight(weight: Tensor, format: str, block: tuple[int, int] | None, mask: Tensor | None) -> None:
     if format not in FORMATS: raise ValueError(f"no format {format!r}: use one of {', '.join(map(repr, FORMATS))}")
     if weight.ndim != 2: raise ValueError(f"a packed weight has two axes (out, in), not the shape {tuple(weight.shape)}: reshape it, e.g. with flatten(1)")
@@ -129,7 +131,7 @@ def _check_weight(weight: Tensor, format: str, block: tuple[int, int] | None, ma
     if min(tile) < 1 or weight.size(0) % tile[0] or weight.size(1) % tile[1]:
         raise ValueError(f"format {format!r} needs a weight that divides into {tile[0]} × {tile[1]}, not {tuple(weight.shape)}: choose another block or format 'bitmask'")
 
-# %% ../../nbs/api/30_linear.ipynb #6fd50162
+# %% ../../nbs/api/30_linear.ipynb #09dbc5e8
 def pack(weight: Tensor, # (out, in)
          format: str, # 'dense', 'bitmask', '2:4' or 'block'
          block: int | tuple[int, int] | None = None, # for 'block': the size of a square, or (rows, columns)
@@ -145,6 +147,7 @@ def pack(weight: Tensor, # (out, in)
     tensors['values'] = tensors['values'].view(w.dtype)
     return Packed(format, (w.size(0), w.size(1)), {n: t.contiguous() for n, t in tensors.items()})
 
+# %% ../../nbs/api/30_linear.ipynb #a67f1585
 def unpack(packed: Packed) -> Tensor: # (out, in)
     """The dense weight, a new tensor, +0 wherever nothing is stored.
 
@@ -152,7 +155,7 @@ def unpack(packed: Packed) -> Tensor: # (out, in)
     """
     return FORMATS[packed.format].dense(bits(packed.values.detach()), packed.index, packed.shape).view(packed.dtype)
 
-# %% ../../nbs/api/30_linear.ipynb #dff48327
+# %% ../../nbs/api/30_linear.ipynb #61a40876
 def _sound_blocks(values, index, shape) -> bool:
     offsets, columns = index
     if values.ndim != 3 or offsets.ndim != 1 or columns.shape != values.shape[:1] or 0 in values.shape[1:]: return False
@@ -162,6 +165,7 @@ def _sound_blocks(values, index, shape) -> bool:
     inside = not len(columns) or bool(columns.min() >= 0 and columns.max() < width)
     return inside and bool((torch.diff(block_rows(offsets, columns) * width + columns) > 0).all())
 
+# %% ../../nbs/api/30_linear.ipynb #9ebd4a44
 def verify(packed: Packed) -> None:
     "ValueError when the integers of a packed weight do not fit its values and shape."
     v, index, shape = packed.values, packed.index, packed.shape
@@ -175,7 +179,7 @@ def verify(packed: Packed) -> None:
         sizes = ', '.join(f'{n} {tuple(t.shape)}' for n, t in packed.tensors.items())
         raise ValueError(f"a damaged weight: {sizes} do not describe a {packed.format!r} weight of shape {shape}: pack it again")
 
-# %% ../../nbs/api/30_linear.ipynb #b51ad522
+# %% ../../nbs/api/30_linear.ipynb #9e27189e
 @dataclass(frozen=True)
 class Kernel:
     "One way to multiply with a packed weight, and what it takes."
@@ -190,6 +194,7 @@ class Kernel:
     most: float = math.inf               # tokens, up to and with
     takes: Callable[[Tensor], bool] = lambda values: True  # a last look at the values: block sizes
 
+# %% ../../nbs/api/30_linear.ipynb #5d92a5a0
 # The table belongs to the operators, of which a process has one set.
 KERNELS: list[Kernel] = vars(OPS).setdefault('linear_kernels', [])
 
@@ -198,6 +203,7 @@ def register(kernel: Kernel) -> None:
     at = next((i for i, k in enumerate(KERNELS) if k.name == kernel.name), len(KERNELS))
     KERNELS[at:at + 1] = [kernel]
 
+# %% ../../nbs/api/30_linear.ipynb #7f9eddc0
 def choose(format: str, # of the packed weight
            values: Tensor, # its values: they tell device, dtype and block size
            tokens: int, # rows of x
@@ -208,7 +214,7 @@ def choose(format: str, # of the packed weight
            and k.least <= tokens <= k.most and k.takes(values): return k
     raise LookupError(f"no kernel multiplies {format!r} in {values.dtype} on {values.device.type}: use one of {sorted({k.format for k in KERNELS})}")
 
-# %% ../../nbs/api/30_linear.ipynb #18f79378
+# %% ../../nbs/api/30_linear.ipynb #9dc2825a
 def _wide(x: Tensor) -> Tensor:
     "16-bit floats are multiplied and summed in 32 bits, as a GPU does."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -226,7 +232,7 @@ def twin(format: str) -> Kernel:
 
 for _format in ('dense', 'bitmask', '2:4'): register(twin(_format))
 
-# %% ../../nbs/api/30_linear.ipynb #183f8850
+# %% ../../nbs/api/30_linear.ipynb #5d9f9bfa
 def _split(x: Tensor, size: int, where: Tensor) -> Tensor: # (blocks, tokens, size): the piece that each block needs
     return _wide(x).reshape(x.size(0), x.size(1) // size, size).transpose(0, 1)[where]
 
@@ -234,6 +240,7 @@ def _gathered(pieces: Tensor, where: Tensor, count: int) -> Tensor: # (tokens, c
     zeros = pieces.new_zeros(count, *pieces.shape[1:])
     return zeros.index_add_(0, where, pieces).transpose(0, 1).reshape(pieces.size(1), count * pieces.size(2))
 
+# %% ../../nbs/api/30_linear.ipynb #9bbb50c7
 def _blocks_forward(x, values, index, shape, bias) -> Tensor:
     r, c = values.shape[1:]
     y = _gathered(_split(x, c, index[1].long()) @ _wide(values).mT, block_rows(*index), shape[0] // r)
@@ -249,7 +256,7 @@ def _blocks_grad_values(dy, x, values, index, shape) -> Tensor:
 
 register(Kernel('block twin', 'block', _blocks_forward, _blocks_grad_x, _blocks_grad_values))
 
-# %% ../../nbs/api/30_linear.ipynb #4e84fb5f
+# %% ../../nbs/api/30_linear.ipynb #7968a224
 def _turned(format: str, x: Tensor) -> bool: # does the output lie column by column in memory?
     return format == '2:4' and x.device.type == 'cuda'
 
@@ -263,6 +270,7 @@ def _grad_x(dy: Tensor, values: Tensor, index: list[Tensor], format: str, shape:
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
     return choose(format, values, dy.size(0)).grad_values(dy, x, values, index, tuple(shape)).contiguous()
 
+# %% ../../nbs/api/30_linear.ipynb #c73abff7
 def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, index, bias, ctx.format, ctx.shape = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *index)
@@ -274,7 +282,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
             ops.sparse_linear_grad_values(dy, x, values, index, ctx.format, ctx.shape) if need_values else None,
             [None] * len(index), _wide(dy).sum(0).to(dy.dtype) if need_bias else None, None, None)
 
-# %% ../../nbs/api/30_linear.ipynb #61a40876
+# %% ../../nbs/api/30_linear.ipynb #a7fccaf0
 def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
     def precise(x: Tensor, *rest) -> Tensor: # what a kernel computes in 32 bits, autocast would compute in 16
         if not torch.is_autocast_enabled(x.device.type): return run(x, *rest)
@@ -292,7 +300,7 @@ if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
               _forward, lambda x, values, index, bias, format, shape: x.new_empty(shape[0], x.size(0)).t() if _turned(format, x) else x.new_empty(x.size(0), shape[0]))
     torch.library.register_autograd('sparse_workbench::sparse_linear', _backward, setup_context=_remember)
 
-# %% ../../nbs/api/30_linear.ipynb #9ebd4a44
+# %% ../../nbs/api/30_linear.ipynb #868f2bca
 def _check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     v, (out, inp) = packed.values, packed.shape
     if x.ndim < 1 or x.size(-1) != inp: raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight ({out}, {inp}): its last axis must be {inp}")
@@ -306,6 +314,7 @@ def _autocast(t: Tensor | None, device: str) -> Tensor | None:
     if t is None or t.dtype == torch.float64 or device == 'meta' or not torch.is_autocast_enabled(device): return t
     return t.to(torch.get_autocast_dtype(device))
 
+# %% ../../nbs/api/30_linear.ipynb #e9afabee
 def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
                   packed: Packed, # the weight (out, in)
                   bias: Tensor | None = None, # (out,)
@@ -322,10 +331,15 @@ def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
     y = torch.ops.sparse_workbench.sparse_linear(tokens, packed.values, packed.index, bias, packed.format, list(packed.shape))
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
-# %% ../../nbs/api/30_linear.ipynb #9dc2825a
+# %% ../../nbs/api/30_linear.ipynb #b63f6640
+def _not_assigned(format: str) -> AttributeError:
+    return AttributeError(f"the weight of a SparseLinear is packed and cannot be assigned: make a new layer, "
+                          f"SparseLinear(pack(weight, {format!r}, …), bias), or a dense nn.Linear from unpack(layer.packed)")
+
 def _verify_loaded(layer: 'SparseLinear', keys: Any) -> None:
     if not layer.values.is_meta: verify(layer.packed)
 
+# %% ../../nbs/api/30_linear.ipynb #5d52e800
 class SparseLinear(nn.Module):
     "A linear layer whose weight is packed; calls `sparse_linear`."
     def __init__(self, packed: Packed, # the weight (out, in); its tensors are used, not copied
@@ -342,6 +356,14 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> Packed: return Packed(self.format, self.shape, {n: getattr(self, n) for n in self.names})
+    @property
+    def weight(self) -> Tensor: # (out, in), new each time
+        return FORMATS[self.format].dense(self.values, self.packed.index, self.shape)
+    @weight.setter
+    def weight(self, new: Any) -> None: raise _not_assigned(self.format)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None: # where an assigned parameter arrives
+        if name == 'weight': raise _not_assigned(self.format)
+        super().register_parameter(name, param)
     def forward(self, x: Tensor) -> Tensor: # (..., in) -> (..., out)
         return sparse_linear(x, self.packed, self.bias)
     def extra_repr(self) -> str: return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, format={self.format!r}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hopper
+from .block import plan, ranked
 from .linear import Packed, SparseLinear, choose, sparse_linear
 from ..patterns import OPS
 
@@ -48,9 +49,9 @@ def fused(x: Tensor, up_values: Tensor, up_index: list[Tensor], up_bias: Tensor 
     y = x.new_empty(len(x), inner)
     first, last = gate_index or up_index, up_index
     if gate_values is None:
-        tiles = hopper.plan(first[0], first[1], 'rows', lambda: hopper.ranked(first[0]))
+        tiles = plan(first[0], first[1], 'rows', lambda: ranked(first[0]))
         return hopper.launch(x, up_values, (first[1], None, tiles), y, 'forward', up_bias, activation)
-    ranks = hopper.plan(first[0], first[1], f'with {id(last[1])}', lambda: (both_ranked(first[0], last[0]), last))[0]
+    ranks = plan(first[0], first[1], f'with {id(last[1])}', lambda: (both_ranked(first[0], last[0]), last))[0]
     lists, up_lists = ((index[1], None, tiles) for index, tiles in zip((first, last), ranks))
     return hopper.launch(x, gate_values, lists, y, 'gated', gate_bias, activation, (up_values, up_lists, up_bias))
 

@@ -82,6 +82,12 @@ def _sample_kernel(ptrs, sizes, which, part, step_ptr, to_ptr, out_ptr, TYPE: tl
 
 # %% ../../nbs/api/26_threshold.ipynb #887779d7
 @triton.jit
+def _stand(p, at, here, key, BITS: tl.constexpr, SIGNED: tl.constexpr):
+    "(which lie below the key, which on it)"
+    k = _keys(tl.load(p + at, here, 0), BITS, SIGNED)
+    return ((k < key) & here).to(tl.int32), ((k == key) & here).to(tl.int32)
+
+@triton.jit
 def _standing_kernel(ptrs, sizes, which, part, key_ptr, out_ptr, TYPE: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr,
                      CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     "For each chunk: how many lie below the key, and how many on it."
@@ -91,19 +97,25 @@ def _standing_kernel(ptrs, sizes, which, part, key_ptr, out_ptr, TYPE: tl.conste
     below, on = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     if left >= CHUNK:
         for i in range(0, CHUNK, BLOCK):
-            k = _keys(tl.load(p + i + at), BITS, SIGNED)
-            below += (k < key).to(tl.int32)
-            on += (k == key).to(tl.int32)
+            less, equal = _stand(p, i + at, True, key, BITS, SIGNED)
+            below, on = below + less, on + equal
     else:
         for i in range(0, left.to(tl.int32), BLOCK):
-            k = _keys(tl.load(p + i + at, i + at < left, 0), BITS, SIGNED)
-            below += ((k < key) & (i + at < left)).to(tl.int32)
-            on += ((k == key) & (i + at < left)).to(tl.int32)
+            less, equal = _stand(p, i + at, i + at < left, key, BITS, SIGNED)
+            below, on = below + less, on + equal
     out = out_ptr + 2 * tl.program_id(0)
     tl.store(out, tl.sum(below))
     tl.store(out + 1, tl.sum(on))
 
 # %% ../../nbs/api/26_threshold.ipynb #07e53df3
+@triton.jit
+def _cut(p, at, here, least, BITS: tl.constexpr):
+    "Zeros over what lies below `least`; which are zero now."
+    x = tl.load(p + at, here, 0)
+    k = _keys(x, BITS, False)
+    tl.store(p + at, tl.where(k >= least, x, 0), here)
+    return (((k < least) | (k == 0)) & here).to(tl.int32)
+
 @triton.jit
 def _cut_kernel(ptrs, sizes, which, part, key_ptr, room_ptr, on_ptr, zeros_ptr, TYPE: tl.constexpr, BITS: tl.constexpr,
                 CHUNK: tl.constexpr, BLOCK: tl.constexpr):
@@ -115,17 +127,9 @@ def _cut_kernel(ptrs, sizes, which, part, key_ptr, room_ptr, on_ptr, zeros_ptr, 
     gone = tl.zeros([BLOCK], tl.int32)
     if (room <= 0) | (room >= on):
         if left >= CHUNK:
-            for i in range(0, CHUNK, BLOCK):
-                x = tl.load(p + i + at)
-                k = _keys(x, BITS, False)
-                tl.store(p + i + at, tl.where(k >= least, x, 0))
-                gone += ((k < least) | (k == 0)).to(tl.int32)
+            for i in range(0, CHUNK, BLOCK): gone += _cut(p, i + at, True, least, BITS)
         else:
-            for i in range(0, left.to(tl.int32), BLOCK):
-                x = tl.load(p + i + at, i + at < left, 0)
-                k = _keys(x, BITS, False)
-                tl.store(p + i + at, tl.where(k >= least, x, 0), i + at < left)
-                gone += (((k < least) | (k == 0)) & (i + at < left)).to(tl.int32)
+            for i in range(0, left.to(tl.int32), BLOCK): gone += _cut(p, i + at, i + at < left, least, BITS)
         tl.store(zeros_ptr + tl.program_id(0), tl.sum(gone))
 
 # %% ../../nbs/api/26_threshold.ipynb #0ff0e54f

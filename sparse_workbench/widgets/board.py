@@ -39,7 +39,7 @@ from ..execute import Parameter, UsageError, experiments, find, fit, read_notebo
 from ..runs import Run, cell_text, flat, load, write_whole
 from .base import COLORS, Dashboard, Job, asset, figure_html, picture, tree
 
-# %% ../../nbs/api/84_board.ipynb #4ca4074c
+# %% ../../nbs/api/84_board.ipynb #b9054d5c
 @dataclass
 class Entry:
     "A run as the board sees it."
@@ -53,12 +53,14 @@ class Entry:
     def text(self) -> str: # what words are looked for in
         return ' '.join([*(f"{k.partition('.')[2] or k}={cell_text(v)}" for k, v in self.facts.items()), self.error]).lower()
 
+# %% ../../nbs/api/84_board.ipynb #5b61aeee
 def entry(key: str, run: Run, status: str) -> Entry:
     "A run with its facts laid flat."
     facts = dict(status=status, name=run.name, id=run.id, started=run.environment['started'], seconds=run.environment['seconds'],
                  **flat('params', run.params), **flat('result', {k: v for k, v in run.result.items() if k != 'summary'}))
     return Entry(key, run, status, facts)
 
+# %% ../../nbs/api/84_board.ipynb #590b252a
 class Shelf:
     "The runs of a store, read again where something changed."
     def __init__(self, store: str | Path = 'runs'):
@@ -73,12 +75,13 @@ class Shelf:
     def refresh(self) -> bool: return refresh(self) # whether something is different
     def curves(self, e: Entry) -> 'list[Series]': return curves(self, e)
 
-# %% ../../nbs/api/84_board.ipynb #b9054d5c
+# %% ../../nbs/api/84_board.ipynb #e213d6cd
 def changes(store: Path) -> tuple | None:
     "When the folders of a store changed last; None so short after a change that the next one might carry the same time."
     stamps = tuple(p.stat().st_mtime_ns if p.is_dir() else 0 for p in (store, store/'failed'))
     return None if time.time_ns() - max(stamps) < 50_000_000 else stamps
 
+# %% ../../nbs/api/84_board.ipynb #db3f6a2c
 def listed(store: Path) -> dict[str, tuple]: # key -> (time of change, inode)
     "The folders that look like runs."
     found = {}
@@ -89,6 +92,7 @@ def listed(store: Path) -> dict[str, tuple]: # key -> (time of change, inode)
             if re.fullmatch(shape, d.name) and d.is_dir(): found[where + d.name] = (d.stat().st_mtime_ns, d.inode())
     return found
 
+# %% ../../nbs/api/84_board.ipynb #0ac3eb46
 def refresh(shelf: Shelf) -> bool: # whether something is different
     "Reads what is new, forgets what is gone, and looks for runs that are being made."
     with shelf.lock:
@@ -104,7 +108,7 @@ def refresh(shelf: Shelf) -> bool: # whether something is different
         shelf._stamps, shelf.entries = found, entries    # a new dict: whoever looks through the old one is not disturbed
         return bool(fresh) or old.keys() != entries.keys()
 
-# %% ../../nbs/api/84_board.ipynb #5b61aeee
+# %% ../../nbs/api/84_board.ipynb #9b112aa3
 def injected(notebook: Path) -> dict[str, Any]:
     "The parameters that a working run was given."
     try: cell = execute.tagged(read_notebook(notebook), 'injected-parameters')
@@ -112,6 +116,7 @@ def injected(notebook: Path) -> dict[str, Any]:
     lines = [n for n in ast.parse(cell['source'] if cell else '').body if isinstance(n, ast.Assign)]
     return {n.targets[0].id: ast.literal_eval(n.value) for n in lines if n.targets[0].id != 'out'}  # type: ignore[attr-defined]
 
+# %% ../../nbs/api/84_board.ipynb #bff9bc35
 def working_entry(w: dict) -> tuple[str, Entry]: # key, entry
     "A run that is being made."
     started = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(w['started']))
@@ -119,7 +124,7 @@ def working_entry(w: dict) -> tuple[str, Entry]: # key, entry
     run = Run(w['name'], w['id'], w['folder'], injected(w['folder']/'executed.ipynb'), {}, env)
     return w['folder'].name, entry(w['folder'].name, run, 'working')
 
-# %% ../../nbs/api/84_board.ipynb #38b385d9
+# %% ../../nbs/api/84_board.ipynb #6bb0fc87
 @dataclass
 class State:
     "What a board shows: its filters, order, page, chosen runs."
@@ -136,7 +141,7 @@ class State:
     picked: list[str] = field(default_factory=list)       # keys whose curves are drawn
     current: str = ''                                     # key of the run that is looked at
 
-# %% ../../nbs/api/84_board.ipynb #db3f6a2c
+# %% ../../nbs/api/84_board.ipynb #70638fbf
 def lookup(name: str, facts: Iterable[str]) -> str:
     "The fact that a condition names: itself, else a parameter, else a result. UsageError with the nearest name."
     known = list(facts)
@@ -146,6 +151,7 @@ def lookup(name: str, facts: Iterable[str]) -> str:
     close = ''.join(f'; did you mean {c}?' for c in get_close_matches(name, short, 1, .5))
     raise UsageError(f"no run has a parameter or result {name!r}{close}")
 
+# %% ../../nbs/api/84_board.ipynb #9e5a40e1
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     '=': lambda a, b: a == b, '!=': lambda a, b: a != b, '<': lambda a, b: a < b, '<=': lambda a, b: a <= b, '>': lambda a, b: a > b, '>=': lambda a, b: a >= b,
     '~': lambda a, b: re.search(str(b), cell_text(a), re.I) is not None}
@@ -157,7 +163,7 @@ def holds(value: Any, op: str, other: Any) -> bool:
         value, other = cell_text(value), cell_text(other)
     return COMPARE[op](value, other)
 
-# %% ../../nbs/api/84_board.ipynb #db9d63a0
+# %% ../../nbs/api/84_board.ipynb #c5dd5c09
 def conditions(where: str, facts: Iterable[str]) -> list[tuple[str, str, Any]]: # (fact, comparison, value)
     "The conditions in a text; UsageError when one cannot be read."
     found, known = [], list(facts)
@@ -169,6 +175,7 @@ def conditions(where: str, facts: Iterable[str]) -> list[tuple[str, str, Any]]: 
         except re.error as e: raise UsageError(f'{part.strip()!r}: {value!r} is no regular expression: {e}') from e
     return found
 
+# %% ../../nbs/api/84_board.ipynb #40d9963f
 def select(entries: Iterable[Entry], s: State) -> list[Entry]:
     "The runs that a filter lets through, in order."
     entries = list(entries)
@@ -179,6 +186,7 @@ def select(entries: Iterable[Entry], s: State) -> list[Entry]:
             and (not s.text or found(e.text)) and all(k in e.facts and holds(e.facts[k], op, v) for k, op, v in asked)]
     return ordered(kept, s.sort, s.down)
 
+# %% ../../nbs/api/84_board.ipynb #2a36786e
 def ordered(entries: list[Entry], by: str, down: bool) -> list[Entry]:
     "Numbers before text, what is missing always last; equal ones the newest first."
     def rank(e: Entry) -> tuple:
@@ -188,7 +196,7 @@ def ordered(entries: list[Entry], by: str, down: bool) -> list[Entry]:
     there, missing = [e for e in newest if e.facts.get(by) is not None], [e for e in newest if e.facts.get(by) is None]
     return sorted(there, key=rank, reverse=down) + missing
 
-# %% ../../nbs/api/84_board.ipynb #9b112aa3
+# %% ../../nbs/api/84_board.ipynb #7eec2240
 class Series(NamedTuple):
     "One curve."
     name: str    # quantity
@@ -207,7 +215,7 @@ def numbers(rows: list[dict[str, str]], column: str) -> list[float] | None: # na
     try: return [float(r[column]) if r[column] else math.nan for r in rows]
     except ValueError: return None
 
-# %% ../../nbs/api/84_board.ipynb #f1f85bba
+# %% ../../nbs/api/84_board.ipynb #3ff59f74
 def series(rows: list[dict[str, str]]) -> list[Series]:
     "The curves in a table of records."
     columns = {c: n for c in (rows[0] if rows else ()) if c and any(r[c] for r in rows) and (n := numbers(rows, c)) is not None}
@@ -227,7 +235,7 @@ def series(rows: list[dict[str, str]]) -> list[Series]:
     cut = lambda points, k: [p[k] for p in points if len(p) > k]
     return [Series(n, g, x or 'row', u, cut(points, 0), cut(points, 1), cut(points, 2), cut(points, 3)) for (n, g, u), points in ((k, sorted(v)) for k, v in found.items())]
 
-# %% ../../nbs/api/84_board.ipynb #bff9bc35
+# %% ../../nbs/api/84_board.ipynb #e48ca5b1
 LARGE = 8_000_000   # bytes of records that are not read for a small picture
 
 def records_of(path: Path) -> list[Series]:
@@ -236,6 +244,7 @@ def records_of(path: Path) -> list[Series]:
         with path.open(newline='', encoding='utf-8') as f: return series(list(csv.DictReader(f)))
     except (OSError, ValueError, csv.Error, TypeError): return []
 
+# %% ../../nbs/api/84_board.ipynb #1ccb9527
 def curves(shelf: Shelf, e: Entry) -> list[Series]:
     "The curves of a run; the last 200 that were asked for stay in memory."
     path = e.run.path/'records.csv'
@@ -247,6 +256,7 @@ def curves(shelf: Shelf, e: Entry) -> list[Series]:
         while len(shelf._curves) > 200: del shelf._curves[next(iter(shelf._curves))]
         return shelf._curves[e.key][1]
 
+# %% ../../nbs/api/84_board.ipynb #a7ba84fd
 def mean(many: list[Series]) -> Series:
     "The mean of several curves of one quantity at every x, between the smallest and the largest."
     at: dict[float, list[float]] = {}
@@ -256,11 +266,11 @@ def mean(many: list[Series]) -> Series:
     xs = sorted(at)
     return Series(many[0].name, '', many[0].x, many[0].unit, xs, [sum(at[x]) / len(at[x]) for x in xs], [min(at[x]) for x in xs], [max(at[x]) for x in xs])
 
-# %% ../../nbs/api/84_board.ipynb #f35798fa
+# %% ../../nbs/api/84_board.ipynb #14075bf1
 def sparkline(s: Series) -> str: # SVG
     "A curve without axes; what it is and where it goes from and to stands in its title."
     n = max(1, len(s.ys) // 40)
-    points = [(x, y) for x, y in zip(s.xs[::n], s.ys[::n]) if math.isfinite(x) and math.isfinite(y)]
+    points = [(x, y) for x, y in zip([*s.xs[::n], *s.xs[-1:]], [*s.ys[::n], *s.ys[-1:]]) if math.isfinite(x) and math.isfinite(y)]
     if not points: return ''
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     at = lambda v, a, b, size: size / 2 if a == b else (v - a) / (b - a) * size
@@ -269,12 +279,13 @@ def sparkline(s: Series) -> str: # SVG
     return (f'<svg class="sw-sparkline" width="62" height="16" viewBox="0 0 60 16" role="img" aria-label="{said}"><title>{said}</title>'
             f'<polyline fill="none" stroke="currentColor" stroke-width="1.3" points="{line}"/></svg>')
 
+# %% ../../nbs/api/84_board.ipynb #4466443c
 def sparks(found: list[Series], most: int = 3) -> str: # SVG
     "The first quantities of a run, each over all of its sites."
     names = list(dict.fromkeys(s.name for s in found))[:most]
     return ''.join(sparkline(mean([s for s in found if s.name == n])) for n in names)
 
-# %% ../../nbs/api/84_board.ipynb #4bdec0f3
+# %% ../../nbs/api/84_board.ipynb #a61f3745
 def labels(entries: list[Entry]) -> dict[str, str]: # key -> what tells this run from the others
     "Parameters that differ; the experiment when there are several; the id when nothing else differs."
     said = {e.key: {k: cell_text(v) for k, v in e.run.params.items()} for e in entries}
@@ -284,13 +295,14 @@ def labels(entries: list[Entry]) -> dict[str, str]: # key -> what tells this run
     short = {k: v if len(v) < 60 else v[:57] + '…' for k, v in text.items()}
     return {e.key: short[e.key] if list(short.values()).count(short[e.key]) == 1 and short[e.key] else f'{short[e.key]} {e.run.id[:6]}'.strip() for e in entries}
 
+# %% ../../nbs/api/84_board.ipynb #81a1d843
 MEAN = 'mean of all'
 def chosen(found: list[Series], name: str, group: str) -> list[Series]: # '' = each
     "The curves of one quantity: of one site, of each, or their mean."
     mine = [s for s in found if s.name == name]
     return [mean(mine)] if group == MEAN and mine else [s for s in mine if not group or s.group == group]
 
-# %% ../../nbs/api/84_board.ipynb #70638fbf
+# %% ../../nbs/api/84_board.ipynb #87678572
 LINES = '-', '--', ':', '-.'
 def overlay(curves: dict[str, list[Series]], # label -> curves of one quantity
             log: bool = False, # logarithmic y axis
@@ -316,17 +328,17 @@ def overlay(curves: dict[str, list[Series]], # label -> curves of one quantity
     if all(x == int(x) for found in curves.values() for s in found for x in s.xs): ax.xaxis.set_major_locator(MaxNLocator('auto', integer=True, steps=[1, 2, 5, 10]))
     ax.grid(axis='y', lw=.6)
     if shown > 14: ax.plot([], [], ' ', label=f'and {shown - 14} more')
-    ax.legend(loc='center left', bbox_to_anchor=(1.01, .5), handlelength=1.8)
+    ax.legend(loc='center left', bbox_to_anchor=(1.01, .5), handlelength=3.4)
     return fig
 
-# %% ../../nbs/api/84_board.ipynb #f8f52d80
+# %% ../../nbs/api/84_board.ipynb #c0900867
 def nothing(ax, said: str): # matplotlib figure
     "An empty chart that says why."
     ax.set_axis_off()
     ax.text(.5, .5, said, ha='center', va='center', transform=ax.transAxes)
     return ax.figure
 
-# %% ../../nbs/api/84_board.ipynb #b6c742ae
+# %% ../../nbs/api/84_board.ipynb #9c3868ff
 class Column(NamedTuple):
     "A column of the table."
     key: str     # fact, or 'run', 'pick', 'spark'
@@ -342,6 +354,7 @@ def varied(entries: list[Entry], prefix: str, wide: bool) -> list[str]:
     missing = lambda k: any(k not in e.facts for e in entries if e.status == 'finished')
     return [k for k, values in found.items() if wide or len(entries) < 2 or len(values) > 1 or missing(k)]
 
+# %% ../../nbs/api/84_board.ipynb #9a09258a
 def columns(entries: list[Entry], wide: bool = False) -> list[Column]:
     "The columns for these runs."
     params, results_ = varied(entries, 'params.', wide), varied(entries, 'result.', wide)
@@ -351,12 +364,13 @@ def columns(entries: list[Entry], wide: bool = False) -> list[Column]:
     return [Column('pick', 'curves', False), Column('status', 'state', False), Column('run', 'run', False), *names,
             Column('spark', 'records', False), Column('started', 'started (UTC)', False), Column('seconds', 'took', True)]
 
-# %% ../../nbs/api/84_board.ipynb #40d9963f
+# %% ../../nbs/api/84_board.ipynb #085bcc6a
 def lasted(seconds: float) -> str:
     "A duration for people."
-    m, h = divmod(int(seconds), 60), divmod(int(seconds), 3600)
-    return f'{seconds:.1f} s' if seconds < 60 else f'{m[0]} min {m[1]:02d} s' if seconds < 3600 else f'{h[0]} h {h[1] // 60:02d} min'
+    n = round(seconds)
+    return f'{seconds:.1f} s' if round(seconds, 1) < 60 else f'{n // 60} min {n % 60:02d} s' if n < 3600 else f'{n // 3600} h {n % 3600 // 60:02d} min'
 
+# %% ../../nbs/api/84_board.ipynb #474788d4
 def shown_cell(e: Entry, c: Column, found: Callable[[Entry], list[Series]]) -> dict[str, str]: # text, title
     "What stands in a cell, and what is said about it."
     if c.key == 'pick': return dict(text='', title='')
@@ -374,13 +388,14 @@ def shown_cell(e: Entry, c: Column, found: Callable[[Entry], list[Series]]) -> d
     full = cell_text(e.facts[c.key])
     return dict(text=full if len(full) < 40 else full[:38] + '…', title=full if len(full) >= 40 else '')
 
+# %% ../../nbs/api/84_board.ipynb #ad5ea21d
 def counted(entries: Iterable[Entry], n: int) -> str:
     "How many there are, and how many of them are shown."
     many = [e.status for e in entries]
     parts = [f'{many.count(s):,} {s}' for s in ('failed', 'working') if many.count(s)]
     return f"{n:,} of {len(many):,} runs" + (f" ({', '.join(parts)})" if parts else '')
 
-# %% ../../nbs/api/84_board.ipynb #6f0d3b9f
+# %% ../../nbs/api/84_board.ipynb #ae0ae2b9
 def table_html(entries: list[Entry], cols: list[Column], found: Callable[[Entry], list[Series]], picked: Iterable[str] = ()) -> str:
     "Rows as an HTML table that needs no script."
     shown = [c for c in cols if c.key != 'pick']
@@ -394,22 +409,25 @@ def table_html(entries: list[Entry], cols: list[Column], found: Callable[[Entry]
     rows = ''.join(f'<tr>{"".join(cell(e, c) for c in shown)}</tr>' for e in entries)
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse;font-size:12.5px"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
+# %% ../../nbs/api/84_board.ipynb #1a9ef5fd
 def filter_text(s: State) -> str:
     "The filter in words."
     parts = [f'{"matching" if s.regex else "with"} “{s.text}”' * bool(s.text), s.experiment, s.status, s.where, f"by {s.sort.partition('.')[2] or s.sort} {'↓' if s.down else '↑'}"]
     return ', '.join(p for p in parts if p)
 
-# %% ../../nbs/api/84_board.ipynb #630ed134
+# %% ../../nbs/api/84_board.ipynb #ba4fd64a
 def as_text(value: Any, many: bool = False) -> str:
     "A value as a person would type it; in a grid, text with a comma goes into quotes."
     if not isinstance(value, str): return json.dumps(value, ensure_ascii=False)
     return f'"{value}"' if many and (not value or re.search(r'[,\[\]{}()"\']', value)) else value
 
+# %% ../../nbs/api/84_board.ipynb #ab817489
 def literals(kind: str) -> list | None:
     "The values of a Literal type."
     name, inner = execute.spelled(kind)
     return [ast.literal_eval(i) for i in inner] if name == 'literal' else None
 
+# %% ../../nbs/api/84_board.ipynb #847994c0
 def reads(p: Parameter, text: Any) -> Any:
     "The value that was typed; UsageError says what is wrong and what would be right."
     if not isinstance(text, str): return fit(text, p.kind)
@@ -417,6 +435,7 @@ def reads(p: Parameter, text: Any) -> Any:
     try: return fit(value, p.kind)
     except (TypeError, ValueError) as e: raise UsageError(f'{text!r} is not {p.kind}; an example is {as_text(p.default)}') from e
 
+# %% ../../nbs/api/84_board.ipynb #e1b38d26
 def reads_grid(p: Parameter, text: str) -> list:
     "The values of a grid that were typed; UsageError as above."
     found = []
@@ -425,7 +444,7 @@ def reads_grid(p: Parameter, text: str) -> list:
         except (TypeError, ValueError) as e: raise UsageError(f'{value!r} is not {p.kind}; an example is {as_text(p.default, True)}') from e
     return found
 
-# %% ../../nbs/api/84_board.ipynb #3ff59f74
+# %% ../../nbs/api/84_board.ipynb #e1337e2d
 class LabBoard(Dashboard):
     "The dashboard of a store: `shelf` holds the runs, `state` what is shown, `asked` and `sweep` what it started last."
     def __init__(self, store: str | Path):
@@ -443,6 +462,7 @@ class LabBoard(Dashboard):
     def drawn(self) -> list[Entry]: return drawn(self) # the runs in the chart
     def refresh(self) -> bool: return reread(self) # whether the store has changed
 
+# %% ../../nbs/api/84_board.ipynb #e808da3b
 def drawn(board: LabBoard) -> list[Entry]:
     "The chosen runs; when none is chosen, the first six of the table that have records."
     entries, s = board.shelf.entries, board.state
@@ -450,6 +470,7 @@ def drawn(board: LabBoard) -> list[Entry]:
     page = board.shown[s.page * s.size:(s.page + 1) * s.size]
     return [e for e in page if (e.run.path/'records.csv').exists()][:6]
 
+# %% ../../nbs/api/84_board.ipynb #64b9d075
 def source(board: LabBoard, name: str) -> Path:
     "The notebook of an experiment: in sight, else as the newest of its runs has kept it."
     if (path := experiments().get(name)) is not None: return path
@@ -459,7 +480,7 @@ def source(board: LabBoard, name: str) -> Path:
         return write_whole(Path(board._copies.name)/f'{name}.ipynb', json.dumps({**nb, 'cells': cells}))
     return find(name)
 
-# %% ../../nbs/api/84_board.ipynb #7d26efc5
+# %% ../../nbs/api/84_board.ipynb #95b9e840
 @cache
 def table_class() -> type:
     "The widget of the table."
@@ -473,6 +494,7 @@ def table_class() -> type:
         picked, current = T.List([]).tag(sync=True), T.Unicode('').tag(sync=True)
     return Runs
 
+# %% ../../nbs/api/84_board.ipynb #a74a5001
 @cache
 def page_class() -> type:
     "The widget that shows an executed notebook."
@@ -484,7 +506,7 @@ def page_class() -> type:
         paths, height = T.List([]).tag(sync=True), T.Int(560).tag(sync=True)
     return Page
 
-# %% ../../nbs/api/84_board.ipynb #1c97deea
+# %% ../../nbs/api/84_board.ipynb #da669bb0
 def view_of(board: LabBoard) -> dict[str, Any]:
     "What the table shows: one page of the filtered runs."
     s, entries = board.state, board.shown
@@ -498,6 +520,7 @@ def view_of(board: LabBoard) -> dict[str, Any]:
     none = 'No run passes the filter.' if board.shelf.entries else f'No runs in {board.shelf.store.name}/ yet: ask a question below, or in a terminal with “sparse-workbench run”.'
     return dict(columns=[c._asdict() for c in cols], rows=rows, page=s.page, pages=pages, said=counted(board.shelf.entries.values(), len(entries)), empty=none)
 
+# %% ../../nbs/api/84_board.ipynb #c8c20cd9
 def show(board: LabBoard, chart: bool = True) -> None:
     "Draw the table anew, and the chart."
     t, s, view = board.parts['table'], board.state, view_of(board)
@@ -505,19 +528,21 @@ def show(board: LabBoard, chart: bool = True) -> None:
     board.parts['title'].value = title_html(board)
     if chart: board.parts['drawn'].value = f'<span class="sw-help">{drawn_text(board)}</span>'; board.parts['chart'].redraw()
 
-# %% ../../nbs/api/84_board.ipynb #1ccb9527
+# %% ../../nbs/api/84_board.ipynb #5d681068
 def drawn_text(board: LabBoard) -> str:
     "Whose curves are drawn."
     n, there = len(board.drawn), [k for k in board.state.picked if k in board.shelf.entries]
     if there: return f"{n} chosen run{'s' * (n > 1)}"
     return f"No run is chosen, so the first {n} with records are drawn. Choose with the boxes, or with Space on a row." if n else 'None of these runs has records.'
 
+# %% ../../nbs/api/84_board.ipynb #40ab3b27
 def title_html(board: LabBoard) -> str:
     "What this is, of which store, and what in it cannot be read."
     broken = board.shelf.broken
     note = f' · <span class="sw-bad">{len(broken)} cannot be read: {html.escape("; ".join(list(broken.values())[:3]))}</span>' if broken else ''
     return f'<span class="sw-title">Lab board</span> <span class="sw-help">{html.escape(board.shelf.store.name)}/{note}</span>'
 
+# %% ../../nbs/api/84_board.ipynb #c0269967
 def reread(board: LabBoard) -> bool: # whether something has changed
     "Look into the store again."
     changed = board.shelf.refresh()
@@ -528,7 +553,7 @@ def reread(board: LabBoard) -> bool: # whether something has changed
     if changed or any(e.status == 'working' for e in board.shelf.entries.values()): show(board, chart=changed)
     return changed
 
-# %% ../../nbs/api/84_board.ipynb #a7ba84fd
+# %% ../../nbs/api/84_board.ipynb #376d76b1
 def watch(board: LabBoard, work: Callable[[], Iterator], # what to wait for: yields what is new
           seen: Callable[[Any], Any], # the newest, in the kernel's thread
           ended: Callable[[], Any] = lambda: None) -> Job:
@@ -542,6 +567,7 @@ def watch(board: LabBoard, work: Callable[[], Iterator], # what to wait for: yie
     board.closing(job.cancel)
     return job.start()
 
+# %% ../../nbs/api/84_board.ipynb #ef5e56fb
 def poll(board: LabBoard, every: float = 2.) -> None:
     "Look for changes of the store, again and again until the board closes."
     closed = threading.Event()
@@ -551,7 +577,7 @@ def poll(board: LabBoard, every: float = 2.) -> None:
             if board.shelf.stale() or any(e.status == 'working' for e in list(board.shelf.entries.values())): yield True
     watch(board, work, lambda _: reread(board))
 
-# %% ../../nbs/api/84_board.ipynb #b0dbc78a
+# %% ../../nbs/api/84_board.ipynb #938e8ccc
 def filters(board: LabBoard) -> Any: # ipywidgets row
     "Words, experiment, state, conditions."
     import ipywidgets as W
@@ -577,7 +603,7 @@ def filters(board: LabBoard) -> Any: # ipywidgets row
     board.click(again, anew)
     return W.HBox([*made.values(), again]).add_class('sw-row')
 
-# %% ../../nbs/api/84_board.ipynb #1fba8c41
+# %% ../../nbs/api/84_board.ipynb #bafefcc8
 def table(board: LabBoard) -> Any: # anywidget
     "The table, and what a person does with it."
     t, s = table_class()(), board.state
@@ -592,7 +618,7 @@ def table(board: LabBoard) -> Any: # anywidget
     for name, f in dict(sort=sort, page=page, picked=picked, current=current).items(): board.on(t, f, name)
     return t
 
-# %% ../../nbs/api/84_board.ipynb #d7d4fb3a
+# %% ../../nbs/api/84_board.ipynb #9521182e
 def records(board: LabBoard) -> None:
     "Offer what the drawn runs have recorded."
     found = [s for e in board.drawn for s in board.shelf.curves(e)]
@@ -605,6 +631,7 @@ def records(board: LabBoard) -> None:
         value = site.value if site.value in [v for _, v in options] else ''
         site.options, site.value = options, MEAN if len(groups) > 6 and value == '' else value
 
+# %% ../../nbs/api/84_board.ipynb #9dac6510
 def chart(board: LabBoard): # matplotlib figure
     "The chosen record of the drawn runs."
     entries, settings = board.drawn, board.settings
@@ -616,7 +643,7 @@ def chart(board: LabBoard): # matplotlib figure
     which = str(site) if site is not None else MEAN if many else ''
     return overlay({said[k]: chosen(c, name, which) for k, c in found.items()}, bool(log))
 
-# %% ../../nbs/api/84_board.ipynb #4466443c
+# %% ../../nbs/api/84_board.ipynb #2b62edc8
 def curves_tab(board: LabBoard) -> Any: # ipywidgets box
     "The chart with its controls."
     import ipywidgets as W
@@ -637,7 +664,7 @@ def curves_tab(board: LabBoard) -> Any: # ipywidgets box
     board.parts['drawn'] = W.HTML()
     return W.VBox([W.HBox([*made.values(), clear]).add_class('sw-row'), board.parts['drawn'], image.add_class('sw-curves')])
 
-# %% ../../nbs/api/84_board.ipynb #4b0aa30e
+# %% ../../nbs/api/84_board.ipynb #75a884ec
 def card(e: Entry) -> str: # HTML
     "Parameters, results, where it ran, and the error."
     env = e.run.environment
@@ -652,13 +679,14 @@ def card(e: Entry) -> str: # HTML
     summary = ''.join(f'<p>{html.escape(str(x))}</p>' for x in (said if isinstance(said, list) else [said] if said else []))
     return f'<b>{html.escape(e.run.name)}-{e.run.id}</b> · {e.status}{wrong}{summary}<div style="display:flex;gap:2em;flex-wrap:wrap">{"".join(parts)}</div>'
 
+# %% ../../nbs/api/84_board.ipynb #90d617c7
 def notebook_page(e: Entry) -> str: # HTML page
     "The executed notebook as a page: stored with a finished run, made now for another."
     if (stored := e.run.path/'report.html').exists(): return stored.read_text(encoding='utf-8')
     if not (e.run.path/'executed.ipynb').exists(): return ''
     return execute.report(e.run.path/'executed.ipynb', e.run)
 
-# %% ../../nbs/api/84_board.ipynb #a61f3745
+# %% ../../nbs/api/84_board.ipynb #a66f4775
 def look(board: LabBoard, key: str) -> None:
     "Look at one run: its card, its notebook, and its parameters in the forms."
     if (e := board.shelf.entries.get(key)) is None: raise UsageError(f'the run {key} is no longer in the store')
@@ -670,16 +698,17 @@ def look(board: LabBoard, key: str) -> None:
     turn_page(board)
     show(board, chart=False)
 
+# %% ../../nbs/api/84_board.ipynb #6bae3900
 def turn_page(board: LabBoard) -> None:
     "Load the notebook of the run that is looked at, when its tab is in front."
     e = board.shelf.entries.get(board.state.current)
     if e is None or board.parts['tabs'].selected_index != 1 or board.page == (e.key, e.status): return
     page, nb = board.parts['page'], e.run.path/'executed.ipynb'
     page.html, page.home = '', str(Path.home())
-    page.paths = [p for p in dict.fromkeys((str(nb), os.path.realpath(nb)))] if nb.exists() else []
+    page.paths = list(dict.fromkeys((str(nb), os.path.realpath(nb)))) if nb.exists() else []
     page.html, board.page = notebook_page(e), (e.key, e.status)
 
-# %% ../../nbs/api/84_board.ipynb #81a1d843
+# %% ../../nbs/api/84_board.ipynb #5d107a3b
 class Form:
     "The parameters of a notebook as fields; `many` takes several values for each, with commas between."
     def __init__(self, board: LabBoard, many: bool):
@@ -702,7 +731,7 @@ class Form:
     def fill(self, name: str, values: dict | None = None) -> None: fill(self, name, values)
     def read(self) -> dict[str, Any]: return read_form(self) # values by name, or lists of values of a grid; UsageError
 
-# %% ../../nbs/api/84_board.ipynb #aaba295a
+# %% ../../nbs/api/84_board.ipynb #e87a96b0
 def field_of(p: Parameter, value: Any, many: bool) -> Any: # ipywidgets control
     "The control of a parameter."
     import ipywidgets as W
@@ -711,7 +740,7 @@ def field_of(p: Parameter, value: Any, many: bool) -> Any: # ipywidgets control
     if not many and (options := literals(p.kind)) is not None: return W.Dropdown(options=options, value=value if value in options else p.default, **look)
     return W.Text(as_text(value, many), continuous_update=True, placeholder=p.kind, **look)
 
-# %% ../../nbs/api/84_board.ipynb #87678572
+# %% ../../nbs/api/84_board.ipynb #b35a5fc1
 def fill(form: Form, name: str, values: dict | None = None) -> None:
     "Make the fields of an experiment, with these values or the notebook's own."
     import ipywidgets as W
@@ -733,12 +762,13 @@ def fill(form: Form, name: str, values: dict | None = None) -> None:
     form.rows.children = rows
     judge(form)
 
-# %% ../../nbs/api/84_board.ipynb #4445e768
+# %% ../../nbs/api/84_board.ipynb #007c4563
 def retire_widget(w: Any) -> None:
     "Close a widget with its layout and style."
     for part in (getattr(w, 'layout', None), getattr(w, 'style', None), w):
         if hasattr(part, 'close'): part.close()
 
+# %% ../../nbs/api/84_board.ipynb #ffe1e432
 def parsed(form: Form) -> tuple[dict[str, Any], dict[str, str]]: # values, complaints
     "What the fields say."
     good: dict[str, Any] = {}
@@ -748,11 +778,12 @@ def parsed(form: Form) -> tuple[dict[str, Any], dict[str, str]]: # values, compl
         except UsageError as e: bad[name] = str(e)
     return good, bad
 
+# %% ../../nbs/api/84_board.ipynb #663dda39
 def kind_text(kind: str) -> str:
     "A type in words."
     return 'one of ' + ', '.join(map(str, options)) if (options := literals(kind)) is not None else kind
 
-# %% ../../nbs/api/84_board.ipynb #c0900867
+# %% ../../nbs/api/84_board.ipynb #4296d5b4
 def judge(form: Form) -> None:
     "Say beside each field what it means or what is wrong with it, and how large a grid is."
     good, bad = parsed(form)
@@ -762,12 +793,14 @@ def judge(form: Form) -> None:
         form.notes[name].value = f'<span class="sw-bad" role="alert">{html.escape(bad[name])}</span>' if name in bad else f'<span class="sw-help">{text}</span>'
     if form.many and form.parameters: form.size.value = f'<span class="{"sw-bad" if bad else "sw-gridsize"}">{html.escape(size_of(good, bad))}</span>'
 
+# %% ../../nbs/api/84_board.ipynb #90a73a7c
 def size_of(grid: dict[str, list], bad: dict[str, str]) -> str:
     "The size of a grid in words."
     if bad: return f"correct {', '.join(bad)} first"
     n, parts = math.prod(map(len, grid.values())), [f'{len(v)} {k}' for k, v in grid.items() if len(v) > 1]
     return f"{' × '.join(parts)} = {n:,} runs" if len(parts) > 1 else f"{n:,} run{'s' * (n > 1)}" + ('' if parts else ': give several values with commas between, for one parameter or more')
 
+# %% ../../nbs/api/84_board.ipynb #7baf0d76
 def read_form(form: Form) -> dict[str, Any]:
     "The values; UsageError when a field is wrong."
     good, bad = parsed(form)
@@ -775,7 +808,7 @@ def read_form(form: Form) -> dict[str, Any]:
     if not form.parameters and not form.path.name: raise UsageError('choose an experiment first')
     return good
 
-# %% ../../nbs/api/84_board.ipynb #e8b13be1
+# %% ../../nbs/api/84_board.ipynb #f291c943
 def steps_of(job: execute.Job) -> Iterator[tuple]: # (cells done, cells, what it said)
     "How a job goes, until it ends."
     while job.running:
@@ -784,11 +817,12 @@ def steps_of(job: execute.Job) -> Iterator[tuple]: # (cells done, cells, what it
         except execute.subprocess.TimeoutExpired: pass
     yield 0, 0, job.tail()
 
+# %% ../../nbs/api/84_board.ipynb #5ed11b56
 def log_html(text: str) -> str:
     "The end of a log."
     return f'<pre class="sw-log" role="log">{html.escape(text)}</pre>' if text else ''
 
-# %% ../../nbs/api/84_board.ipynb #9c3868ff
+# %% ../../nbs/api/84_board.ipynb #191bdaa5
 def ask_tab(board: LabBoard) -> Any: # ipywidgets box
     "The form for one run, and how that run goes."
     import ipywidgets as W
@@ -814,7 +848,7 @@ def ask_tab(board: LabBoard) -> Any: # ipywidgets box
     board.click(stop, end)
     return W.VBox([form.box, W.HBox([run, stop, force, bar, text]).add_class('sw-row'), log])
 
-# %% ../../nbs/api/84_board.ipynb #83f193a2
+# %% ../../nbs/api/84_board.ipynb #775fad06
 def ended(board: LabBoard, job: execute.Job) -> None:
     "Say how a run ended, and look at it."
     p, reply = board.parts, job.reply
@@ -828,7 +862,7 @@ def ended(board: LabBoard, job: execute.Job) -> None:
         if key in board.shelf.entries: look(board, key)
     finally: p['run'].disabled = False
 
-# %% ../../nbs/api/84_board.ipynb #2e54e28f
+# %% ../../nbs/api/84_board.ipynb #5cc4146c
 WHERE = {'processes of this machine': None, 'a Dask cluster of this machine': 'dask', 'the Dask scheduler at …': ''}
 
 def points_html(s: execute.Sweep, most: int = 60) -> str:
@@ -845,6 +879,7 @@ def points_html(s: execute.Sweep, most: int = 60) -> str:
     link = f'<p><a href="{html.escape(s.dashboard)}" target="_blank" rel="noreferrer">Dask dashboard</a></p>' if s.dashboard and not s.done else ''
     return f'{link}<table class="sw-points"><thead><tr>{head}</tr></thead><tbody>{"".join(map(line, first))}</tbody></table>{rest}'
 
+# %% ../../nbs/api/84_board.ipynb #8d97cc82
 def counts_of(s: execute.Sweep) -> Iterator[dict]:
     "How a sweep goes, until it ends."
     while not s.done:
@@ -852,12 +887,13 @@ def counts_of(s: execute.Sweep) -> Iterator[dict]:
         time.sleep(.3)
     yield s.counts
 
-# %% ../../nbs/api/84_board.ipynb #085bcc6a
+# %% ../../nbs/api/84_board.ipynb #1b40ebe3
 def sweep_said(s: execute.Sweep) -> str:
     "A sweep in words."
     words = dict(done='done', stored='from the store', running='working', waiting='waiting', failed='failed', stopped='stopped')
-    return f"{len(s.points):,} runs: {', '.join(f'{s.counts[k]:,} {w}' for k, w in words.items() if k in s.counts)}"
+    return f"{len(s.points):,} run{'s' * (len(s.points) != 1)}: {', '.join(f'{s.counts[k]:,} {w}' for k, w in words.items() if k in s.counts)}"
 
+# %% ../../nbs/api/84_board.ipynb #09ecc265
 def sweep_tab(board: LabBoard) -> Any: # ipywidgets box
     "The form for a grid of runs, and how they go."
     import ipywidgets as W
@@ -876,7 +912,7 @@ def sweep_tab(board: LabBoard) -> Any: # ipywidgets box
     board.click(stop, end)
     return W.VBox([form.box, W.HBox([where, address, workers]).add_class('sw-row'), W.HBox([run, stop, bar, text]).add_class('sw-row'), log])
 
-# %% ../../nbs/api/84_board.ipynb #5eb13e3e
+# %% ../../nbs/api/84_board.ipynb #d73aa037
 def begin_sweep(board: LabBoard, form: Form) -> None:
     "Start the grid of the form."
     p, grid = board.parts, form.read()
@@ -897,13 +933,14 @@ def begin_sweep(board: LabBoard, form: Form) -> None:
         p['sweep'].disabled = False
     watch(board, lambda: counts_of(s), seen, over)
 
+# %% ../../nbs/api/84_board.ipynb #0cdf2580
 def turn_to(board: LabBoard, tab: int) -> None:
     "A tab comes to the front: a form is made when it is looked at first, a notebook is loaded when it is looked at."
     if tab == 1: turn_page(board)
     box = board.parts['tabs'].children[tab]
     if tab in (2, 3) and not box.children: box.children = [(ask_tab if tab == 2 else sweep_tab)(board)]
 
-# %% ../../nbs/api/84_board.ipynb #54807fa4
+# %% ../../nbs/api/84_board.ipynb #2beb3787
 def build_board(board: LabBoard) -> Any: # ipywidgets box
     "The live board."
     import ipywidgets as W
@@ -925,6 +962,7 @@ def build_board(board: LabBoard) -> Any: # ipywidgets box
     poll(board)
     return body
 
+# %% ../../nbs/api/84_board.ipynb #1ba38220
 def board_html(board: LabBoard) -> str: # HTML
     "The static twin."
     board.shelf.refresh()
@@ -936,7 +974,7 @@ def board_html(board: LabBoard) -> str: # HTML
             + table_html(page, columns(entries, s.wide), board.shelf.curves, s.picked) + (f'<ul>{errors}</ul>' if errors else '')
             + (figure_html(lambda: chart(board), f'curves of {len(board.drawn)} runs') if page else ''))
 
-# %% ../../nbs/api/84_board.ipynb #12aaa64e
+# %% ../../nbs/api/84_board.ipynb #d4d2b4b6
 def nearest(store: str | Path) -> Path:
     "A store that is named without a place: here, else above, else beside the folder of experiments, else here all the same."
     store = Path(store)
@@ -947,6 +985,7 @@ def nearest(store: str | Path) -> Path:
     home = next((p.parents[2] for p in experiments().values()), Path.cwd())
     return (home if Path.cwd().is_relative_to(home) else Path.cwd())/store
 
+# %% ../../nbs/api/84_board.ipynb #2bbaf89c
 def lab_board(store: str | Path = 'runs' # folder of runs
               ) -> LabBoard:
     "All runs of a store: find, compare, read, ask again, sweep."

@@ -8,11 +8,11 @@ __all__ = ['CRITERIA', 'ALLOCATIONS', 'PATTERNS', 'WORSE', 'BETTER', 'TOP', 'esc
            'prune_copy', 'Jobs', 'ask', 'drop', 'next_job', 'work_off', 'Line', 'curve_of', 'settle', 'value_at',
            'run_lines', 'curve_runs', 'Tokens', 'token_view', 'pieces', 'Worst', 'worst_tokens', 'tint', 'spelled',
            'tokens_html', 'scale_html', 'worst_html', 'first_difference', 'texts_html', 'Answers', 'answer_view',
-           'picture', 'image_html', 'changed_html', 'alone', 'alone_points', 'heat_grid', 'short', 'heat_cell',
-           'heat_html', 'Look', 'Study', 'key_of', 'point_key', 'have', 'measure_point', 'place', 'packed', 'unpacked',
-           'kept', 'wishes', 'look', 'look_kept', 'disk_key', 'dense_value', 'measure_layer', 'layer_key', 'rows_of',
-           'reading', 'chart_data', 'limits', 'chart_figure', 'num', 'point_html', 'chart_class', 'News', 'Explorer',
-           'finished', 'settle_all', 'add_method', 'next_color', 'load_kept', 'measure_missing', 'add_run',
+           'picture', 'image_html', 'changed_html', 'alone', 'alone_points', 'heat_grid', 'short', 'kind_heads',
+           'heat_cell', 'heat_html', 'Look', 'Study', 'key_of', 'point_key', 'have', 'measure_point', 'place', 'packed',
+           'unpacked', 'kept', 'wishes', 'look', 'look_kept', 'disk_key', 'dense_value', 'measure_layer', 'layer_key',
+           'rows_of', 'reading', 'chart_data', 'limits', 'chart_figure', 'num', 'point_html', 'chart_class', 'News',
+           'Explorer', 'finished', 'settle_all', 'add_method', 'next_color', 'load_kept', 'measure_missing', 'add_run',
            'remove_line', 'lines_changed', 'moved', 'look_and_measure', 'walked', 'measure_layers', 'stop', 'go_on',
            'measure_again', 'draw_chart', 'draw_point', 'draw_lines', 'draw_progress', 'draw_look', 'busy',
            'present_looks', 'not_here', 'draw_texts', 'draw_tokens', 'draw_images', 'draw_layers', 'card', 'grid',
@@ -61,6 +61,7 @@ CRITERIA: dict[str, Score] = dict(magnitude=magnitude, wanda=wanda, ria=ria, sal
 ALLOCATIONS: dict[str, Allocate] = dict(uniform=uniform, erk=erk, global_=global_, lamp=lamp, owl=owl)
 PATTERNS = ('unstructured', 'per_row', 'N:8', 'N:4', 'block16', 'row', 'col')
 
+# %% ../../nbs/api/82_essential.ipynb #d3a32dae
 @dataclass(frozen=True)
 class Method:
     "How a curve is made: criterion, pattern and allocation, by name."
@@ -71,6 +72,7 @@ class Method:
         plain = dict(pattern='unstructured', allocation='uniform')
         return ', '.join(v.rstrip('_') for k, v in vars(self).items() if v != plain.get(k))
 
+# %% ../../nbs/api/82_essential.ipynb #5c398ce5
 def wanted_points(m: Method, sparsities: Sequence[float] | None = None) -> list[tuple[float, Pattern]]:
     "What to measure, rising from the dense model."
     n = re.fullmatch(r'N:(\d+)', m.pattern)
@@ -78,6 +80,7 @@ def wanted_points(m: Method, sparsities: Sequence[float] | None = None) -> list[
     if sparsities is not None and not n and len(found) > 2: found = points(sparsities, m.pattern)
     return [(round(s, 6), p) for s, p in found]
 
+# %% ../../nbs/api/82_essential.ipynb #49ce7736
 def coarse_to_fine(n: int) -> list[int]: # every index once
     "Both ends, then the middle of every gap, then of every gap that is left."
     order, gaps = list(dict.fromkeys([0, n - 1])) if n else [], [(0, n - 1)]
@@ -87,7 +90,7 @@ def coarse_to_fine(n: int) -> list[int]: # every index once
             gaps += [(a, (a + b) // 2), ((a + b) // 2, b)]
     return order
 
-# %% ../../nbs/api/82_essential.ipynb #fda00ada
+# %% ../../nbs/api/82_essential.ipynb #be9f27b1
 class Stopped(Exception):
     "The work was called off."
 
@@ -99,11 +102,12 @@ def twin(model: nn.Module, ss: Iterable[Site]) -> nn.Module:
     own = {id(s.parameter) for s in ss}
     return deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers()) if id(t) not in own})
 
+# %% ../../nbs/api/82_essential.ipynb #cc45cddc
 def versions(ss: Iterable[Site]) -> list[int]:
     "How often each weight was written to; 0 where nobody counts."
     return [0 if s.parameter.is_inference() else s.parameter._version for s in ss]
 
-# %% ../../nbs/api/82_essential.ipynb #5c398ce5
+# %% ../../nbs/api/82_essential.ipynb #45952c4c
 class Bench:
     "A copy of a model to prune and measure; the model itself is only read."
     def __init__(self, model: nn.Module, evaluate: Evaluate, calibration: Any = None, include: Any = None, ignore: Any = None):
@@ -123,7 +127,7 @@ class Bench:
     def prune(self, *how) -> float: return prune_copy(self, *how) # (method's parts, pattern, sparsity) -> achieved sparsity
     def free(self) -> None: self.copy, self.sites, self.now = None, [], None # the memory of the copy
 
-# %% ../../nbs/api/82_essential.ipynb #97384f04
+# %% ../../nbs/api/82_essential.ipynb #9b107665
 def dense(b: Bench) -> Any: # Sites
     "Give the copy the model's weights; `Changed` when these are no longer those of the first call."
     own = sites(b.model, *b.which)
@@ -142,6 +146,7 @@ def dense(b: Bench) -> Any: # Sites
     b.now = None
     return b.sites
 
+# %% ../../nbs/api/82_essential.ipynb #6397b4ff
 def prune_copy(b: Bench, score: Score, how: Allocate, p: Pattern, s: float) -> float: # achieved sparsity over all sites
     "Prune the copy from the model's weights, unless it is already pruned that way."
     if b.now and b.now[0] == (score, how, p, s): return b.now[1]
@@ -153,7 +158,7 @@ def prune_copy(b: Bench, score: Score, how: Allocate, p: Pattern, s: float) -> f
     b.now = (score, how, p, s), sum(zeros.values()) / sum(x.numel for x in ss)
     return b.now[1]
 
-# %% ../../nbs/api/82_essential.ipynb #0e28fbc1
+# %% ../../nbs/api/82_essential.ipynb #8e29ae85
 class Jobs:
     "Work for one background thread, the most urgent first; it ends when there is none left, or at `close`."
     def __init__(self, halt: threading.Event, # set to interrupt what runs, which then raises Stopped
@@ -174,7 +179,7 @@ class Jobs:
         self.drop(lambda key: True)
         if (t := self.thread) and t is not threading.current_thread(): t.join()
 
-# %% ../../nbs/api/82_essential.ipynb #87d6bdc4
+# %% ../../nbs/api/82_essential.ipynb #3820a8a6
 def ask(j: Jobs, key: Any, rank: int, work: Callable[[], None]) -> None:
     "Queue a job in place of one of the same key; a running job that is less urgent, or has the same key, is interrupted."
     with j.turn:
@@ -189,6 +194,7 @@ def ask(j: Jobs, key: Any, rank: int, work: Callable[[], None]) -> None:
             j.thread.start()
         j.turn.notify_all()
 
+# %% ../../nbs/api/82_essential.ipynb #a099231f
 def drop(j: Jobs, which: Callable[[Any], bool]) -> None:
     "Take jobs back; one that runs is interrupted."
     with j.turn:
@@ -198,7 +204,7 @@ def drop(j: Jobs, which: Callable[[Any], bool]) -> None:
             j.halt.set()
         j.turn.notify_all()
 
-# %% ../../nbs/api/82_essential.ipynb #cc45cddc
+# %% ../../nbs/api/82_essential.ipynb #e046eae0
 def next_job(j: Jobs) -> tuple[Any, int, Callable] | None:
     "Wait for the most urgent job; None when it is time to end."
     with j.turn:
@@ -215,6 +221,7 @@ def next_job(j: Jobs) -> tuple[Any, int, Callable] | None:
         j.halt.clear()
         return key, rank, work
 
+# %% ../../nbs/api/82_essential.ipynb #dabdfeaf
 def work_off(j: Jobs) -> None:
     "What the thread does."
     while job := next_job(j):
@@ -229,7 +236,7 @@ def work_off(j: Jobs) -> None:
         with j.turn: j.running = None
         if not j.closed: j.after(key, error)
 
-# %% ../../nbs/api/82_essential.ipynb #55513dc6
+# %% ../../nbs/api/82_essential.ipynb #5649914a
 @dataclass(eq=False)
 class Line:
     "One curve of the chart, as far as it is known."
@@ -246,11 +253,13 @@ class Line:
     @property
     def missing(self) -> list[float]: return [s for s, _ in self.wanted if s not in self.got]
 
+# %% ../../nbs/api/82_essential.ipynb #41935b5d
 def curve_of(line: Line, e: Evaluate, asked_for: Iterable[float]) -> Curve:
     "The measured points as a `Curve`."
     at = sorted(s for s in asked_for if s in line.got)
     return Curve(line.name, [line.got[s][0] for s in at], torch.stack([line.got[s][1] for s in at]), e.metric, e.unit, e.higher, e.shown, e.quality)
 
+# %% ../../nbs/api/82_essential.ipynb #07081f82
 def settle(line: Line, e: Evaluate) -> None:
     "Work out intervals, and the knee when the curve is complete."
     if not line.got: return
@@ -261,7 +270,7 @@ def settle(line: Line, e: Evaluate) -> None:
         line.knee, why = curve_of(line, e, [s for s, _ in line.wanted]).fit
         line.says = f'knee at {line.knee.value:.1%} ({line.knee.low:.1%} to {line.knee.high:.1%})' if line.knee else f'no knee: {why}'
 
-# %% ../../nbs/api/82_essential.ipynb #9b107665
+# %% ../../nbs/api/82_essential.ipynb #31a35912
 def value_at(line: Line, x: float) -> Any: # (metric, low, high, measured there?) or None
     "The curve at a sparsity, on straight lines between points; None outside of them."
     r = line.rows
@@ -271,7 +280,7 @@ def value_at(line: Line, x: float) -> Any: # (metric, low, high, measured there?
     y, low, high = (interpolate(x, [p[0] for p in r], torch.tensor([p[i] for p in r])) for i in (1, 2, 3))
     return y, low, high, False
 
-# %% ../../nbs/api/82_essential.ipynb #6397b4ff
+# %% ../../nbs/api/82_essential.ipynb #5cdcdcda
 def run_lines(run: runs.Run, metric: str, color: int = 0) -> list[Line]:
     "The curves of a run of the experiment; ValueError when it holds none, or of another metric."
     d = run.records()
@@ -286,12 +295,13 @@ def run_lines(run: runs.Run, metric: str, color: int = 0) -> list[Line]:
                         knee=knee, says=says))
     return out
 
+# %% ../../nbs/api/82_essential.ipynb #3f6bf6f8
 def curve_runs(store: str | Path) -> dict[str, runs.Run]: # newest first
     "What can be added from a store, by a name for people."
     found = [r for r in runs.stored(store) if r.name == 'essential_sparsity']
     return {f"{r.params.get('model', '')}: {', '.join(map(str, r.params.get('scores', [])))} · {r.environment['started'][:16].replace('T', ' ')} · {r.id[:6]}": r for r in reversed(found)}
 
-# %% ../../nbs/api/82_essential.ipynb #0c56413f
+# %% ../../nbs/api/82_essential.ipynb #cff4bb51
 @dataclass
 class Tokens:
     "What a model makes of every token but the first: nats, and its own choice; (windows, tokens)."
@@ -309,16 +319,18 @@ def token_view(model: nn.Module, e: Evaluate) -> Tokens:
             best.append(logits.argmax(-1).cpu())
     return Tokens(ids.cpu(), torch.stack(nll), torch.stack(best))
 
+# %% ../../nbs/api/82_essential.ipynb #d31a3500
 def pieces(decode: Callable[[Any], str], ids: Tensor) -> list[str]:
-    "The text that each token adds."
-    out = []
-    for i in range(len(ids)):
-        text = decode(ids[max(0, i - 8):i + 1])
-        start = len(decode(ids[max(0, i - 8):i])) if i else 0
-        out.append(text[start:])
+    "The text that each token adds; a character that several tokens spell comes with the last of them."
+    out, known, start, end = [], '', 0, 0                   # known: what the tokens from start to end spell
+    for i in range(1, len(ids) + 1):
+        text = decode(ids[start:i])
+        whole = i == len(ids) or not text.endswith('\ufffd')
+        out.append(text[len(known):] if whole else '')
+        if whole: known, start, end = decode(ids[end:i]), end, i
     return out
 
-# %% ../../nbs/api/82_essential.ipynb #cc3b927f
+# %% ../../nbs/api/82_essential.ipynb #7fcb04f3
 @dataclass
 class Worst:
     "One token that became much less expected."
@@ -331,17 +343,19 @@ class Worst:
     pruned: float
     says: str       # what the pruned model expected instead
 
+# %% ../../nbs/api/82_essential.ipynb #1d5c023d
 def worst_tokens(decode: Callable[[Any], str], a: Tokens, b: Tokens, n: int = 12) -> list[Worst]:
     "The tokens whose loss rose most, with their context."
     rise, out = (b.nll - a.nll).flatten(), []
     for k in rise.topk(min(n, rise.numel())).indices.tolist():
         w, t = divmod(k, a.nll.size(1))
         ids, at = a.ids[w], t + 1
-        left, right = decode(ids[max(0, at - 12):at]), decode(ids[at + 1:at + 7])
-        out.append(Worst(w, at, left, decode(ids[max(0, at - 12):at + 1])[len(left):], right, float(a.nll[w, t]), float(b.nll[w, t]), decode(b.best[w, t:t + 1])))
+        parts = pieces(decode, ids[max(0, at - 12):at + 7])
+        i = min(at, 12)
+        out.append(Worst(w, at, ''.join(parts[:i]), parts[i], ''.join(parts[i + 1:]), float(a.nll[w, t]), float(b.nll[w, t]), decode(b.best[w, t:t + 1])))
     return out
 
-# %% ../../nbs/api/82_essential.ipynb #eb545bd2
+# %% ../../nbs/api/82_essential.ipynb #84976697
 WORSE, BETTER, TOP = '209,113,28', '31,110,180', 4.     # colours as red, green, blue; nats at full depth
 esc = html.escape
 
@@ -349,12 +363,14 @@ def tint(x: float, top: float = TOP) -> str:
     "Background for a change: orange up, blue down, deeper for more."
     return f'rgba({WORSE if x > 0 else BETTER},{min(1., abs(x) / top) ** .7 * .8:.2f})'
 
+# %% ../../nbs/api/82_essential.ipynb #4cd8743c
 def spelled(token: str) -> str:
     "A token with its white space visible."
     inner = token.strip(' ')
     a, b = len(token) - len(token.lstrip(' ')), len(token) - len(token.rstrip(' '))
     return ('␣' * len(token) if not inner else '␣' * a + inner + '␣' * b).replace('\n', '⏎').replace('\t', '⇥')
 
+# %% ../../nbs/api/82_essential.ipynb #57cc6aed
 def tokens_html(decode: Callable[[Any], str], a: Tokens, b: Tokens, w: int) -> str:
     "One window of the text, every token coloured by how much its loss rose."
     parts, rise = pieces(decode, a.ids[w]), (b.nll - a.nll)[w].tolist()
@@ -366,12 +382,13 @@ def tokens_html(decode: Callable[[Any], str], a: Tokens, b: Tokens, w: int) -> s
         out.append(f'<span{color} title="{esc(says)}">{esc(mark)}</span>')
     return f'<pre class="es-tokens" tabindex="0" role="region" aria-label="text coloured by rise of the loss">{"".join(out)}</pre>'
 
+# %% ../../nbs/api/82_essential.ipynb #459e4f3a
 def scale_html(unit: str = 'nats') -> str:
     "What the colours mean."
     steps = ((-2, '−2'), (-.5, '−0.5'), (0, '0'), (.5, '+0.5'), (1, '+1'), (2, '+2'), (4, '≥ +4'))
     return f'<span class="es-scale es-small">change of the loss, {unit}: ' + ''.join(f'<span style="background:{tint(x)}">{t}</span>' for x, t in steps) + '</span>'
 
-# %% ../../nbs/api/82_essential.ipynb #3820a8a6
+# %% ../../nbs/api/82_essential.ipynb #f8a90e06
 def worst_html(worst: Sequence[Worst]) -> str:
     "The tokens that lost most, as a table."
     rows = [f'<tr><td class="es-num"><b>{x.pruned - x.dense:+.2f}</b></td><td class="es-num">{x.dense:.2f} → {x.pruned:.2f}</td>'
@@ -380,11 +397,12 @@ def worst_html(worst: Sequence[Worst]) -> str:
     head = ''.join(f'<th{c}>{t}</th>' for t, c in (('rise', ' class="es-num"'), ('loss (nats)', ' class="es-num"'), ('probability', ' class="es-num"'), ('in context', ''), ('it expects', '')))
     return f'<table class="es-table"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
-# %% ../../nbs/api/82_essential.ipynb #ab723867
+# %% ../../nbs/api/82_essential.ipynb #5c0f8c24
 def first_difference(a: str, b: str) -> int:
     "How many characters two texts share from the beginning."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
+# %% ../../nbs/api/82_essential.ipynb #4d24752d
 def texts_html(prompt: str, whole: str, pruned: str, name: str) -> str:
     "Two continuations side by side."
     given = first_difference(prompt, whole)
@@ -397,7 +415,7 @@ def texts_html(prompt: str, whole: str, pruned: str, name: str) -> str:
     said = 'the same text' if whole == pruned else f'the same for {n} character{"s" * (n != 1)}, then different (tinted)'
     return f'<div class="es-pair">{one(whole, "dense model", False)}{one(pruned, name, True)}</div><div class="es-small">{said}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #dabdfeaf
+# %% ../../nbs/api/82_essential.ipynb #3555295c
 @dataclass
 class Answers:
     "What a classifier says of every input: class, its probability, the label's probability."
@@ -415,6 +433,7 @@ def answer_view(model: nn.Module, e: Evaluate) -> Answers:
             found.append((y.cpu(), p.argmax(1), p.amax(1), p.gather(1, y.cpu()[:, None])[:, 0]))
     return Answers(*map(torch.cat, zip(*found)))
 
+# %% ../../nbs/api/82_essential.ipynb #5dd33f0c
 def picture(x: Tensor, cifar: bool = False) -> Tensor | None: # uint8 (height, width, 3), or None when it is no image
     "An input as pixels: CIFAR's normalisation undone, else stretched to its own range."
     if x.ndim == 2: x = x[None]
@@ -424,7 +443,7 @@ def picture(x: Tensor, cifar: bool = False) -> Tensor | None: # uint8 (height, w
     else: x = (x - x.amin()) / (x.amax() - x.amin()).clamp_min(1e-9)
     return (x.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0)
 
-# %% ../../nbs/api/82_essential.ipynb #f796f175
+# %% ../../nbs/api/82_essential.ipynb #af8075bb
 def image_html(pixels: Tensor, alt: str) -> str:
     "An `<img>` that carries its own bytes."
     import io
@@ -433,6 +452,7 @@ def image_html(pixels: Tensor, alt: str) -> str:
     imsave(out, pixels.contiguous().numpy(), format='png')
     return f'<img alt="{esc(alt)}" src="data:image/png;base64,{b64encode(out.getvalue()).decode()}">'
 
+# %% ../../nbs/api/82_essential.ipynb #a8af54d5
 def changed_html(e: Evaluate, a: Answers, b: Answers, classes: Sequence[str] | None = None, most: int = 24) -> str:
     "The inputs whose answer changed, with what was said of them before and after."
     name = lambda k: classes[k] if classes and k < len(classes) else f'class {k}'
@@ -448,7 +468,7 @@ def changed_html(e: Evaluate, a: Answers, b: Answers, classes: Sequence[str] | N
     head = f'{len(other)} of {len(a.top)} answers changed: {broke} were right and are wrong (orange frame), {fixed} were wrong and are right (blue frame).'
     return f'<div class="es-small">{head}</div><div class="es-images" tabindex="0" role="region" aria-label="inputs whose answer changed">{"".join(out)}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #5649914a
+# %% ../../nbs/api/82_essential.ipynb #cce21e07
 ALONE = (.5, .7, .9)
 
 def alone(b: Bench, i: int, score: Score, pts: Sequence[tuple[float, Pattern]], base: float) -> list[float]: # for every sparsity
@@ -463,6 +483,7 @@ def alone(b: Bench, i: int, score: Score, pts: Sequence[tuple[float, Pattern]], 
             back()
     return out
 
+# %% ../../nbs/api/82_essential.ipynb #897a84f0
 def alone_points(m: Method) -> list[tuple[float, Pattern]]:
     "The sparsities of the heat map; of patterns that bring their own, three of them."
     pts = [x for x in wanted_points(m) if x[0] > 0]
@@ -470,24 +491,33 @@ def alone_points(m: Method) -> list[tuple[float, Pattern]]:
     if not own: return [(asked(Pattern(), s), pts[0][1]) for s in ALONE]
     return sorted({min(own, key=lambda x: abs(x[0] - s)) for s in ALONE}, key=lambda x: x[0])
 
-# %% ../../nbs/api/82_essential.ipynb #118285fe
+# %% ../../nbs/api/82_essential.ipynb #5b046e4c
 def heat_grid(names: Sequence[str]) -> tuple[list[str], list[str]] | None: # blocks, kinds; None when the layers come in no blocks
     "Split names at their last number: blocks that hold the same kinds of layers."
     cut = [re.fullmatch(r'(.*?\d+)\.((?:(?!\d+\.).)*)', n.removesuffix('.weight')) for n in names]
     blocks, kinds = (list(dict.fromkeys(m[i] for m in cut if m)) for i in (1, 2))
     return (blocks, kinds) if all(cut) and len(blocks) > 1 and len(names) > .6 * len(blocks) * len(kinds) else None
 
+# %% ../../nbs/api/82_essential.ipynb #54389073
 def short(names: Sequence[str]) -> list[str]:
     "Names without what all of them begin and end with."
     head, tail = os.path.commonprefix(names), os.path.commonprefix([n[::-1] for n in names])
     cut = [n[len(head):len(n) - len(tail)] for n in names]
     return cut if len(names) > 1 and all(cut) else list(names)
 
+# %% ../../nbs/api/82_essential.ipynb #95cead6e
+def kind_heads(kinds: Sequence[str]) -> list[str]:
+    "The last part of each name where that tells them apart, else the whole."
+    last = [k.rpartition('.')[2] for k in kinds]
+    return short(last if len(set(last)) == len(last) else kinds)
+
+# %% ../../nbs/api/82_essential.ipynb #cdb9f5c9
 def heat_cell(name: str, s: float, x: float, top: float, unit: str) -> str:
     "One number on its colour."
     if math.isnan(x): return f'<td class="es-wait" title="{esc(name)}: not measured yet"></td>'
     return f'<td style="background:{tint(x, top)}" title="{esc(name)} alone at {s:.0%}: {x:+.4g} {esc(unit)}">{x:{"+.3f" if abs(x) < 9.9995 else "+.1f"}}</td>'
 
+# %% ../../nbs/api/82_essential.ipynb #6f23fd65
 def heat_html(names: Sequence[str], at: Sequence[float], rise: Tensor, unit: str) -> str: # rise: (sites, sparsities), NaN = not measured yet
     "The sensitivity of every layer as tables of coloured numbers."
     known = rise[rise.isfinite()]
@@ -499,17 +529,18 @@ def heat_html(names: Sequence[str], at: Sequence[float], rise: Tensor, unit: str
     if grid is None: tables = ['<table class="es-heat">' + heads([f'{s:.0%}' for s in at]) + ''.join(row(n, [cell(n, j) for j in range(len(at))]) for n in index) + '</table>']
     else:
         blocks, kinds = grid
-        tables = [f'<table class="es-heat"><caption>one layer at {s:.0%} zeros</caption>' + heads(short([k.rpartition('.')[2] for k in kinds]))
+        tables = [f'<table class="es-heat"><caption>one layer at {s:.0%} zeros</caption>' + heads(kind_heads(kinds))
                   + ''.join(row(h, [cell(f'{b}.{k}', j) for k in kinds]) for b, h in zip(blocks, short(blocks))) + '</table>' for j, s in enumerate(at)]
     return f'<div class="es-heats" tabindex="0" role="region" aria-label="sensitivity of the layers">{"".join(tables)}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #07081f82
+# %% ../../nbs/api/82_essential.ipynb #b6943764
 @dataclass
 class Look:
     "The model at one place of a curve: what it writes, and what it says of every token or input."
     texts: dict[tuple, str] = field(default_factory=dict)       # by prompt, tokens, temperature, seed
     view: Any = None # Tokens or Answers
 
+# %% ../../nbs/api/82_essential.ipynb #727ef8d7
 class Study:
     "Lines, looks and layers of one model, and the thread that measures them."
     def __init__(self, lm: Pretrained, evaluate: Evaluate, calibration: Any = None, include: Any = None, ignore: Any = None, cache: str | Path | None = None,
@@ -523,7 +554,6 @@ class Study:
         found = sites(lm.model, include, ignore)
         self.names, self.weights = [s.name for s in found], sum(s.numel for s in found)
         self.jobs: Jobs | None = None
-        self.pending: list[Callable[[], Any]] = []              # for the kernel's thread to run
     @property
     def evaluate(self) -> Evaluate: return self.bench.evaluate
     @property
@@ -532,7 +562,7 @@ class Study:
     def line(self, name: str) -> Line | None: return next((x for x in self.lines if x.name == name), None)
     def parts(self, m: Method) -> tuple[Score, Allocate]: return self.scores[m.criterion], self.allocations[m.allocation]
 
-# %% ../../nbs/api/82_essential.ipynb #733be00b
+# %% ../../nbs/api/82_essential.ipynb #32986734
 def key_of(st: Study, *what: Any) -> str:
     "Names a result: of these weights, this data, this method."
     if not st.bench.key: st.bench.key, st.bench.seen = digest(*st.bench.model.state_dict().values()), versions(sites(st.bench.model, *st.bench.which))
@@ -540,14 +570,17 @@ def key_of(st: Study, *what: Any) -> str:
     cal = st.bench.calibration
     return digest(st.bench.key, st.evaluate.hash, st.names, (getattr(cal, 'hash', None) or digest(*cal)) if needed and cal is not None else '', *what)
 
+# %% ../../nbs/api/82_essential.ipynb #fdb58de8
 def point_key(st: Study, line: Line, s: float, p: Pattern) -> str:
     "Names one measured point."
     return key_of(st, *st.parts(line.method), s, p)
 
+# %% ../../nbs/api/82_essential.ipynb #5788afe0
 def have(st: Study, key: str) -> bool:
     "Is the result in the folder?"
     return st.cache is not None and (Path(st.cache) / f'curve-{key}.json').exists()
 
+# %% ../../nbs/api/82_essential.ipynb #680e7ede
 def measure_point(st: Study, line: Line, s: float, p: Pattern) -> None:
     "Prune the copy and evaluate it, or read what the folder has."
     def make():
@@ -557,7 +590,7 @@ def measure_point(st: Study, line: Line, s: float, p: Pattern) -> None:
     line.got[s] = float(achieved), units
     settle(line, st.evaluate)
 
-# %% ../../nbs/api/82_essential.ipynb #7d9e93ff
+# %% ../../nbs/api/82_essential.ipynb #d9ee3a3c
 def place(line: Line, x: float) -> Any: # (asked sparsity, pattern), or None for a run
     "What to prune to for a place on the curve: a measured point nearby, the nearest N:M pattern, or exactly that sparsity."
     if line.method is None: return None
@@ -566,17 +599,19 @@ def place(line: Line, x: float) -> Any: # (asked sparsity, pattern), or None for
     near = [s for s, (achieved, _) in list(line.got.items()) if abs(achieved - x) < 2e-3 or abs(s - x) < 2e-3]
     return near[0] if near else round(asked(Pattern(), x), 4), p
 
-# %% ../../nbs/api/82_essential.ipynb #31a35912
+# %% ../../nbs/api/82_essential.ipynb #326e1b58
 DENSE = (None, 0.)
 
 def packed(view: Tokens | Answers) -> dict[str, list]:
     "As JSON data."
     return {k: v.tolist() for k, v in vars(view).items()}
 
+# %% ../../nbs/api/82_essential.ipynb #4a7c8e15
 def unpacked(d: Mapping[str, list]) -> Tokens | Answers:
     "From JSON data."
     return (Tokens if 'ids' in d else Answers)(**{k: torch.tensor(v) for k, v in d.items()})
 
+# %% ../../nbs/api/82_essential.ipynb #76545306
 def kept(st: Study, key: str, make: Callable[[], Any]) -> Any: # JSON data
     "From the folder, or made and written to it."
     file = None if st.cache is None else Path(st.cache) / f'look-{key}.json'
@@ -587,6 +622,7 @@ def kept(st: Study, key: str, make: Callable[[], Any]) -> Any: # JSON data
         runs.write_whole(file, json.dumps(data))
     return data
 
+# %% ../../nbs/api/82_essential.ipynb #895ace45
 def wishes(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> Iterator[tuple[tuple, str, tuple]]: # place, 'view' or 'text', what names it
     "What there is to see of the dense model and of this place."
     for key, name in ((DENSE, ()), ((line.method, s), (*st.parts(line.method), s, p))):
@@ -594,7 +630,7 @@ def wishes(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> Iter
         if st.kind: yield key, 'view', name
         if asked_text: yield key, 'text', (*name, asked_text)
 
-# %% ../../nbs/api/82_essential.ipynb #72a94bea
+# %% ../../nbs/api/82_essential.ipynb #b1599712
 def look(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
     "Fill in what is not known yet: the view of every token or input, and a text."
     for key, what, name in wishes(st, line, s, p, asked_text):
@@ -609,16 +645,19 @@ def look(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
         if what == 'view' and at.view is None: at.view = unpacked(kept(st, disk_key(st, what, *name), lambda: make(lambda m: packed(see(m, st.evaluate)))))
         if what == 'text' and asked_text not in at.texts: at.texts[asked_text] = kept(st, disk_key(st, what, *name), lambda: make(lambda m: replace(st.lm, model=m).generate(*asked_text)))
 
+# %% ../../nbs/api/82_essential.ipynb #66a12e9d
 def look_kept(st: Study, line: Line | None, at: float, asked_text: Any) -> None:
     "Read everything about a place, if the folder has all of it."
     if st.cache is None or line is None or line.method is None: return
     s, p = place(line, at)
     if all((Path(st.cache) / f'look-{disk_key(st, what, *name)}.json').exists() for _, what, name in wishes(st, line, s, p, asked_text)): look(st, line, s, p, asked_text)
 
+# %% ../../nbs/api/82_essential.ipynb #5272017d
 def disk_key(st: Study, *what: Any) -> str:
     "The name of a file, where there is a folder."
     return '' if st.cache is None else key_of(st, *what)
 
+# %% ../../nbs/api/82_essential.ipynb #6a4c6614
 def dense_value(st: Study) -> float:
     "The metric of the dense model."
     for x in st.lines:
@@ -626,23 +665,25 @@ def dense_value(st: Study) -> float:
     st.bench.dense()
     return mean(torch.as_tensor(st.evaluate(st.bench.copy)))
 
-# %% ../../nbs/api/82_essential.ipynb #4650619e
+# %% ../../nbs/api/82_essential.ipynb #5db3ebc6
 def measure_layer(st: Study, m: Method, i: int) -> None:
     "One row of the heat map."
     pts, score = alone_points(m), st.scores[m.criterion]
     make = lambda: [torch.tensor(alone(st.bench, i, score, pts, dense_value(st)), dtype=torch.double)]
     rows_of(st, m)[1][i], = stored(st.cache, layer_key(st, m, i), make)
 
+# %% ../../nbs/api/82_essential.ipynb #a0829f16
 def layer_key(st: Study, m: Method, i: int) -> str:
     "Names one row of the heat map."
     return disk_key(st, 'layer', i, st.scores[m.criterion], alone_points(m))
 
+# %% ../../nbs/api/82_essential.ipynb #c59ceaf8
 def rows_of(st: Study, m: Method) -> tuple[list[float], Tensor]:
     "The heat map of a method, NaN where nothing was measured yet."
     at = [s for s, _ in alone_points(m)]
     return st.rise.setdefault((m.criterion, m.pattern), (at, torch.full((len(st.names), len(at)), math.nan, dtype=torch.double)))
 
-# %% ../../nbs/api/82_essential.ipynb #3f6bf6f8
+# %% ../../nbs/api/82_essential.ipynb #7dadafb8
 DASHES = ('', '7 3', '2 3', '9 3 2 3', '4 2', '1 3')
 
 def reading(e: Evaluate, shown: bool) -> tuple[str, str, Callable[[float], float]]: # axis label, unit, function of the metric
@@ -650,10 +691,11 @@ def reading(e: Evaluate, shown: bool) -> tuple[str, str, Callable[[float], float
     if shown and e.shown: return e.shown[0], e.shown[0], e.shown[1]
     return f'{e.metric} ({e.unit})', e.unit, float
 
+# %% ../../nbs/api/82_essential.ipynb #0ba63dbf
 def chart_data(st: Study, shown: bool) -> dict[str, Any]:
     "Points, intervals, knees and what is missing, ready for the axes."
     label, unit, f = reading(st.evaluate, shown)
-    busy = st.jobs.running[0] if st.jobs and st.jobs.running else ()
+    busy = (st.jobs and st.jobs.running or ((),))[0]
     out: list[dict[str, Any]] = []
     for row, x in enumerate(v for v in st.lines if v.visible):
         pts = [[s, f(y), f(low), f(high)] for s, y, low, high in x.rows]
@@ -662,6 +704,7 @@ def chart_data(st: Study, shown: bool) -> dict[str, Any]:
                         missing=[] if x.error else x.missing, busy=busy[:2] == ('point', x.name)))
     return dict(lines=out, ylabel=label, unit=unit, last=.99, **limits(st.evaluate, shown, [p[1] for x in out for p in x['points']]))
 
+# %% ../../nbs/api/82_essential.ipynb #a767ccc1
 def limits(e: Evaluate, shown: bool, ys: Sequence[float]) -> dict[str, Any]: # y0, y1, log
     "The range of the quality axis: from 0 for shares, logarithmic and cut at a thousand times the best for perplexity."
     if not ys: return dict(y0=0., y1=1., log=False)
@@ -670,7 +713,7 @@ def limits(e: Evaluate, shown: bool, ys: Sequence[float]) -> dict[str, Any]: # y
     if e.higher: return dict(y0=0., y1=max(1e-9, high) * 1.05, log=False)
     return dict(y0=low - .08 * (high - low) - 1e-9, y1=high + .05 * (high - low) + 1e-9, log=False)
 
-# %% ../../nbs/api/82_essential.ipynb #8a830968
+# %% ../../nbs/api/82_essential.ipynb #d16a00fb
 def chart_figure(st: Study, shown: bool, at: float | None = None, follow: str = ''): # matplotlib figure
     "The same chart without a browser."
     from matplotlib.figure import Figure
@@ -691,11 +734,12 @@ def chart_figure(st: Study, shown: bool, at: float | None = None, follow: str = 
     if d['lines']: ax.legend(loc='lower left' if st.evaluate.higher else 'upper left')
     return ax.figure
 
-# %% ../../nbs/api/82_essential.ipynb #85f99431
+# %% ../../nbs/api/82_essential.ipynb #57ca9c3a
 def num(v: float) -> str:
     "Four digits, or thousands with separators."
     return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
 
+# %% ../../nbs/api/82_essential.ipynb #7c7cfd5f
 def point_html(st: Study, line: Line | None, x: float, shown: bool) -> str:
     "The numbers at one place of a curve."
     if line is None: return '<div class="es-small">Add a curve, then walk along it.</div>'
@@ -717,7 +761,7 @@ def point_html(st: Study, line: Line | None, x: float, shown: bool) -> str:
     return (f'<h4><span class="es-swatch es-c{line.color % 6}"></span>{esc(line.name)} at {x:.1%} zeros{esc(pattern)}</h4>'
             f'<div class="es-big">{num(f(v[0]))} <small>{esc(unit)}</small></div><table class="es-facts">{rows}</table>')
 
-# %% ../../nbs/api/82_essential.ipynb #06e07d18
+# %% ../../nbs/api/82_essential.ipynb #f346509d
 @cache
 def chart_class() -> type:
     "The chart as a widget: `data`, the place `at`, and the `line` that is followed."
@@ -730,6 +774,7 @@ def chart_class() -> type:
         line = traitlets.Unicode('').tag(sync=True)
     return Chart
 
+# %% ../../nbs/api/82_essential.ipynb #c9ddfb12
 class News:
     "Functions to call in the kernel's thread, at most one for each name."
     def __init__(self):
@@ -745,7 +790,7 @@ class News:
         with self.lock:
             while self.waiting and self.open: self.waiting.pop(next(iter(self.waiting)))()
 
-# %% ../../nbs/api/82_essential.ipynb #d31a3500
+# %% ../../nbs/api/82_essential.ipynb #9de46b0b
 RANK = dict(look=0, point=5, layer=8)
 
 class Explorer:
@@ -777,7 +822,7 @@ class Explorer:
         self.jobs.close()
         self.st.jobs = None
 
-# %% ../../nbs/api/82_essential.ipynb #9a5439e1
+# %% ../../nbs/api/82_essential.ipynb #31eecff4
 def finished(x: Explorer, key: tuple, error: BaseException | None) -> None:
     "A job is over: draw what it changed, or say why it failed."
     x.tell({'point': 'chart', 'layer': 'layers', 'look': 'look'}[key[0]], 'point', 'lines', 'progress')
@@ -789,6 +834,7 @@ def finished(x: Explorer, key: tuple, error: BaseException | None) -> None:
     if key[0] == 'layer': x.jobs.drop(lambda k: k[0] == 'layer')
     x.news.tell('error', lambda: fail(x.board, error))
 
+# %% ../../nbs/api/82_essential.ipynb #30a7dc8a
 def settle_all(x: Explorer, seconds: float) -> bool: # whether nothing is left to do
     "Wait for the thread, and draw what it finds meanwhile."
     end = time.monotonic() + seconds
@@ -796,7 +842,7 @@ def settle_all(x: Explorer, seconds: float) -> bool: # whether nothing is left t
     x.news.deliver()
     return over
 
-# %% ../../nbs/api/82_essential.ipynb #7fcb04f3
+# %% ../../nbs/api/82_essential.ipynb #8615a57c
 def add_method(x: Explorer, m: Method) -> Line:
     "A new curve: what the folder has at once, the rest in the background."
     if x.st.line(str(m)): raise ValueError(f'{m} is on the chart already')
@@ -807,10 +853,12 @@ def add_method(x: Explorer, m: Method) -> Line:
     lines_changed(x, line.name)
     return line
 
+# %% ../../nbs/api/82_essential.ipynb #aeab65fa
 def next_color(st: Study) -> int:
     "The first colour that no line has."
     return next(i for i in range(len(st.lines) + 1) if i not in {v.color for v in st.lines})
 
+# %% ../../nbs/api/82_essential.ipynb #659b8341
 def load_kept(st: Study, line: Line) -> None:
     "Every point that the folder has."
     if st.cache is None: return
@@ -822,13 +870,14 @@ def load_kept(st: Study, line: Line) -> None:
     for i in range(len(st.names)):
         if have(st, layer_key(st, line.method, i)): measure_layer(st, line.method, i)
 
+# %% ../../nbs/api/82_essential.ipynb #4c1c0ae8
 def measure_missing(x: Explorer, line: Line) -> None:
     "Ask for every point that is not there yet, from coarse to fine."
     for i in coarse_to_fine(len(line.wanted)):
         s, p = line.wanted[i]
         if s not in line.got: x.jobs.ask(('point', line.name, s), RANK['point'], partial(measure_point, x.st, line, s, p))
 
-# %% ../../nbs/api/82_essential.ipynb #1d5c023d
+# %% ../../nbs/api/82_essential.ipynb #185a7d4c
 def add_run(x: Explorer, name: str) -> None:
     "The curves of a run of the store."
     if name not in x.found: raise ValueError('choose a run first; what the store holds is read when the list is opened again with "↻"')
@@ -839,13 +888,14 @@ def add_run(x: Explorer, name: str) -> None:
         x.st.lines.append(v)
     lines_changed(x, new[0].name if x.line is None else x.follow.value)
 
+# %% ../../nbs/api/82_essential.ipynb #78604f37
 def remove_line(x: Explorer, name: str) -> None:
     "Take a curve off the chart."
     x.jobs.drop(lambda k: k[:2] == ('point', name))
     x.st.lines = [v for v in x.st.lines if v.name != name]
     lines_changed(x, x.follow.value)
 
-# %% ../../nbs/api/82_essential.ipynb #b08bcc74
+# %% ../../nbs/api/82_essential.ipynb #d654478d
 def lines_changed(x: Explorer, follow: str | None) -> None:
     "Rows, menu and chart after a curve came or went."
     import ipywidgets as W
@@ -872,7 +922,7 @@ def lines_changed(x: Explorer, follow: str | None) -> None:
     moved(x)
     x.tell('chart', 'lines', 'progress')
 
-# %% ../../nbs/api/82_essential.ipynb #f05f1028
+# %% ../../nbs/api/82_essential.ipynb #3a591b05
 def moved(x: Explorer, _: Any = None) -> None:
     "The place changed: the numbers at once, the model there as soon as it is pruned."
     if x.walking: return
@@ -882,13 +932,14 @@ def moved(x: Explorer, _: Any = None) -> None:
     s, p = place(x.line, x.sparsity.value)
     x.jobs.ask(('look',), RANK['look'], partial(look_and_measure, x, x.line, s, p, x.asked_text))
 
-# %% ../../nbs/api/82_essential.ipynb #84976697
+# %% ../../nbs/api/82_essential.ipynb #9a872505
 def look_and_measure(x: Explorer, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
     "What the model does at this place, then its exact number on the curve."
     look(x.st, line, s, p, asked_text)
     x.tell('look')
     if s not in line.got and line in x.st.lines: measure_point(x.st, line, s, p)
 
+# %% ../../nbs/api/82_essential.ipynb #bc6cea0b
 def walked(x: Explorer, _: Any = None) -> None:
     "The chart was clicked, or walked along with the keys."
     at, line = x.chart.at, x.chart.line
@@ -900,6 +951,7 @@ def walked(x: Explorer, _: Any = None) -> None:
     finally: x.walking = False
     moved(x)
 
+# %% ../../nbs/api/82_essential.ipynb #88f96f85
 def measure_layers(x: Explorer) -> None:
     "Ask for the layers of the followed curve's method that are not measured yet."
     if x.line is None or x.line.method is None: raise ValueError('choose a curve that is measured here: layers of a run cannot be pruned')
@@ -908,12 +960,13 @@ def measure_layers(x: Explorer) -> None:
         if not rows_of(x.st, m)[1][i].isfinite().all(): x.jobs.ask(('layer', m, i), RANK['layer'], partial(measure_layer, x.st, m, i))
     x.tell('progress', 'layers')
 
+# %% ../../nbs/api/82_essential.ipynb #8562f4ac
 def stop(x: Explorer) -> None:
     "Call everything off; what was measured stays."
     x.jobs.drop(lambda k: True)
     x.tell('progress', 'chart')
 
-# %% ../../nbs/api/82_essential.ipynb #a811c915
+# %% ../../nbs/api/82_essential.ipynb #b5722e5a
 def go_on(x: Explorer) -> None:
     "Ask again for what is missing."
     for v in x.st.lines:
@@ -922,7 +975,7 @@ def go_on(x: Explorer) -> None:
     moved(x)
     x.tell('chart', 'progress', 'lines')
 
-# %% ../../nbs/api/82_essential.ipynb #8b5f275d
+# %% ../../nbs/api/82_essential.ipynb #4aaf0162
 def measure_again(x: Explorer) -> None:
     "Forget what was measured, because the model is another one now."
     x.jobs.drop(lambda k: True)
@@ -933,26 +986,29 @@ def measure_again(x: Explorer) -> None:
         if v.method: v.got, v.rows, v.knee, v.says = {}, [], None, ''
     go_on(x)
 
-# %% ../../nbs/api/82_essential.ipynb #ee40447a
+# %% ../../nbs/api/82_essential.ipynb #2e3390d5
 def draw_chart(x: Explorer) -> None:
     "Points as they come."
     x.chart.data = chart_data(x.st, x.shown)
 
+# %% ../../nbs/api/82_essential.ipynb #b3f9b17f
 def draw_point(x: Explorer) -> None:
     "The numbers at the place."
     x.point.value = point_html(x.st, x.line, x.sparsity.value, x.shown)
 
+# %% ../../nbs/api/82_essential.ipynb #028e1b09
 def draw_lines(x: Explorer) -> None:
     "What is said of every curve."
     for v, row in zip(x.st.lines, x.rows.children):
         says = f'<span role="alert">{esc(v.error)}</span>' if v.error else esc(v.says or 'waiting')
         row.children[1].value = f'<div><span class="es-swatch es-c{v.color % 6}"></span>{esc(v.name)}</div><div class="es-small">{says}</div>'
 
+# %% ../../nbs/api/82_essential.ipynb #b7fb186a
 def draw_progress(x: Explorer) -> None:
     "How much is still to do."
     j, lines = x.jobs, [v for v in x.st.lines if v.method]
     total, left = sum(len(v.wanted) for v in lines), sum(len(v.missing) for v in lines)
-    layers, now = sum(k[0] == 'layer' for k in list(j.waiting)), j.running[0] if j.running else None
+    layers, now = sum(k[0] == 'layer' for k in list(j.waiting)), (j.running or (None,))[0]
     doing = {None: 'nothing is being measured' if left else 'all points measured', 'look': 'looking at this place', 'point': f'measuring {now[1]} at {now[2]:.0%}' if now and now[0] == 'point' else '',
              'layer': f'measuring layers, {layers} left'}[now[0] if now else None]
     bar = f'<div class="es-bar" role="progressbar" aria-valuemin="0" aria-valuemax="{total}" aria-valuenow="{total - left}"><div style="width:{100 * (total - left) / max(1, total):.0f}%"></div></div>'
@@ -960,6 +1016,7 @@ def draw_progress(x: Explorer) -> None:
     active = bool(j.waiting) or j.running is not None
     x.stop.disabled, x.go.disabled = not active, active or not left
 
+# %% ../../nbs/api/82_essential.ipynb #0acefd0c
 def draw_look(x: Explorer) -> None:
     "Text and tokens, or images, at the place; what the last place showed stays, paler, until this one is there."
     whole, here = present_looks(x.st, x.line, x.sparsity.value)
@@ -968,23 +1025,25 @@ def draw_look(x: Explorer) -> None:
     for w in (x.words, x.tokens) if x.st.kind == 'text' else (x.words,): busy(w, mine and not ready and bool(x.st.kind))
     if ready or not mine or not x.words.value: (draw_tokens if x.st.kind == 'text' else draw_images)(x, whole, here)
 
-# %% ../../nbs/api/82_essential.ipynb #57cc6aed
+# %% ../../nbs/api/82_essential.ipynb #a6ae5b8a
 def busy(widget: Any, waits: bool) -> None:
     "Paler while something newer is on its way."
     (widget.add_class if waits else widget.remove_class)('es-busy-now')
 
-# %% ../../nbs/api/82_essential.ipynb #b150410a
+# %% ../../nbs/api/82_essential.ipynb #a560edaa
 def present_looks(st: Study, line: Line | None, at: float) -> tuple[Look | None, Look | None]: # dense, at this place
     "What is known of the model at a place."
     if line is None or line.method is None: return st.looks.get(DENSE), None
     s = place(line, at)[0]
     return st.looks.get(DENSE), st.looks.get(DENSE if s == 0 else (line.method, s))
 
+# %% ../../nbs/api/82_essential.ipynb #181a152f
 def not_here(line: Line | None) -> str:
     "Why there is nothing to see."
     if line is not None and line.method is None: return '<div class="es-small">A run keeps numbers, not the pruned model. Choose a curve that is measured here to see what the model does.</div>'
     return '<div class="es-small">being measured …</div>'
 
+# %% ../../nbs/api/82_essential.ipynb #1cf1fa1d
 def draw_texts(x: Explorer, whole: Look | None, here: Look | None) -> None:
     "What it writes."
     a, b = (v.texts.get(x.asked_text) if v else None for v in (whole, here))
@@ -992,7 +1051,7 @@ def draw_texts(x: Explorer, whole: Look | None, here: Look | None) -> None:
     elif x.line is None or x.line.method is None or not x.texts.value: x.texts.value = not_here(x.line)
     busy(x.texts, b is None and x.line is not None and x.line.method is not None)
 
-# %% ../../nbs/api/82_essential.ipynb #459e4f3a
+# %% ../../nbs/api/82_essential.ipynb #dd50751b
 def draw_tokens(x: Explorer, whole: Look | None, here: Look | None) -> None:
     "Which tokens lost most, and one window of the text."
     if not (whole and here and whole.view and here.view):
@@ -1009,13 +1068,14 @@ def draw_tokens(x: Explorer, whole: Look | None, here: Look | None) -> None:
     x.menu_moves = False
     x.tokens.value = tokens_html(x.st.lm.decode, whole.view, here.view, menu[0][1] if x.window.value == -1 else x.window.value)
 
+# %% ../../nbs/api/82_essential.ipynb #1d889ed0
 def draw_images(x: Explorer, whole: Look | None, here: Look | None) -> None:
     "The inputs whose answer changed."
     if not x.st.kind: x.words.value = '<div class="es-small">This evaluation has no examples to show: tokens are shown for `perplexity`, inputs for `accuracy`.</div>'
     elif whole and here and whole.view and here.view: x.words.value = changed_html(x.st.evaluate, whole.view, here.view, x.classes)
     else: x.words.value = not_here(x.line)
 
-# %% ../../nbs/api/82_essential.ipynb #c969a479
+# %% ../../nbs/api/82_essential.ipynb #cc117282
 def draw_layers(x: Explorer) -> None:
     "The heat map of the followed curve's method."
     m = x.line.method if x.line else None
@@ -1031,18 +1091,20 @@ def draw_layers(x: Explorer) -> None:
 
 DRAW = dict(chart=draw_chart, point=draw_point, lines=draw_lines, progress=draw_progress, look=draw_look, layers=draw_layers)
 
-# %% ../../nbs/api/82_essential.ipynb #7e228739
+# %% ../../nbs/api/82_essential.ipynb #5f45c57f
 def card(title: str, *children: Any, note: str = '') -> Any:
     "A framed part of the page with a heading."
     import ipywidgets as W
     head = W.HTML(f'<h4>{esc(title)}</h4>' + (f'<div class="es-small">{esc(note)}</div>' if note else '')) if title else None
     return W.VBox([*([head] if head else []), *children]).add_class('es-card')
 
+# %% ../../nbs/api/82_essential.ipynb #9770791a
 def grid(kind: str, *children: Any) -> Any:
     "Cards side by side, below each other where there is no room."
     import ipywidgets as W
     return W.Box(children).add_class('es-grid2').add_class(kind)
 
+# %% ../../nbs/api/82_essential.ipynb #0ba6e208
 def adding(x: Explorer, patterns: Sequence[str], store: str | Path) -> Any:
     "Menus for another curve, or one from the store."
     import ipywidgets as W
@@ -1061,7 +1123,7 @@ def adding(x: Explorer, patterns: Sequence[str], store: str | Path) -> Any:
     x.board.guard(reread)()
     return W.HBox([*parts, plus, past, take, again]).add_class('sw-row')
 
-# %% ../../nbs/api/82_essential.ipynb #e242ffe8
+# %% ../../nbs/api/82_essential.ipynb #4014058c
 def chart_card(x: Explorer) -> Any:
     "The chart, and the place on it."
     import ipywidgets as W
@@ -1077,7 +1139,7 @@ def chart_card(x: Explorer) -> Any:
     x.board.on(x.axis, lambda _: x.tell('chart', 'point'))
     return card('', x.chart, x.sparsity, W.HBox([x.follow, x.axis]).add_class('sw-row'))
 
-# %% ../../nbs/api/82_essential.ipynb #5c0f8c24
+# %% ../../nbs/api/82_essential.ipynb #7845ef80
 def side_card(x: Explorer) -> Any:
     "Numbers, curves, and what is being measured."
     import ipywidgets as W
@@ -1087,6 +1149,7 @@ def side_card(x: Explorer) -> Any:
     x.anew = button('↻ Measure again', 'forget every point, because the weights have changed', lambda: measure_again(x))
     return W.VBox([card('', x.point), card('Curves', x.rows), card('In the background', x.progress, W.HBox([x.go, x.stop, x.anew]).add_class('sw-row'))]).add_class('es-side')
 
+# %% ../../nbs/api/82_essential.ipynb #cec6e87e
 def text_card(x: Explorer, prompt: str, tokens: int) -> Any:
     "What the model writes, and how it is asked."
     import ipywidgets as W
@@ -1100,6 +1163,7 @@ def text_card(x: Explorer, prompt: str, tokens: int) -> Any:
     for w in (x.prompt, x.length, x.heat, x.draw): x.board.on(w, partial(moved, x))
     return card('What it writes', x.prompt, W.HBox([x.length, x.heat, x.draw]).add_class('sw-row'), x.texts)
 
+# %% ../../nbs/api/82_essential.ipynb #2a3e1684
 def words_cards(x: Explorer) -> list[Any]:
     "Which tokens or inputs lost most."
     import ipywidgets as W
@@ -1109,7 +1173,7 @@ def words_cards(x: Explorer) -> list[Any]:
     x.board.on(x.window, lambda _: None if x.menu_moves else x.tell('look'))
     return [card('Where the loss rose', W.HBox([x.window]).add_class('sw-row'), x.tokens, W.HTML(scale_html())), card('Tokens that lost most', x.words)]
 
-# %% ../../nbs/api/82_essential.ipynb #e5e971bd
+# %% ../../nbs/api/82_essential.ipynb #e725fb36
 def layers_card(x: Explorer) -> Any:
     "The heat map, measured when asked for."
     import ipywidgets as W
@@ -1117,12 +1181,13 @@ def layers_card(x: Explorer) -> Any:
     x.board.click(x.sense, lambda: measure_layers(x))
     return card('Which layers break alone', W.HBox([x.sense]).add_class('sw-row'), x.layers)
 
-# %% ../../nbs/api/82_essential.ipynb #4d24752d
+# %% ../../nbs/api/82_essential.ipynb #b432f99b
 class Essential(Dashboard):
     "A dashboard with its `study`, what is known, and while it is open its `explorer`, the widgets."
     study: Study
     explorer: Any = None
 
+# %% ../../nbs/api/82_essential.ipynb #11025f4f
 def build(st: Study, options: Mapping[str, Any], board: Any) -> Any: # ipywidgets body
     "The live form of a study."
     import ipywidgets as W
@@ -1144,7 +1209,7 @@ def build(st: Study, options: Mapping[str, Any], board: Any) -> Any: # ipywidget
         if v.method: measure_missing(x, v)
     return W.VBox([title, add, grid('es-top', chart, side), *first, layers]).add_class('es-root')
 
-# %% ../../nbs/api/82_essential.ipynb #7909b61e
+# %% ../../nbs/api/82_essential.ipynb #e9856c06
 def begin(st: Study, curves: Sequence[Any]) -> None:
     "The lines that the chart starts with."
     for c in curves:
@@ -1155,6 +1220,7 @@ def begin(st: Study, curves: Sequence[Any]) -> None:
             m = c if isinstance(c, Method) else Method(*([c] if isinstance(c, str) else c))
             st.lines.append(Line(str(m), next_color(st), m, wanted_points(m, st.sparsities)))
 
+# %% ../../nbs/api/82_essential.ipynb #41e20313
 def about(st: Study) -> str:
     "What is measured, in one line."
     e = st.evaluate
@@ -1162,7 +1228,7 @@ def about(st: Study) -> str:
     what = f'{n} windows of {e.batches[0].size(1)} tokens' if st.kind == 'text' else f'{n} inputs'
     return f'{st.lm.name}: {st.weights:,} prunable weights in {len(st.names)} layers; {e.metric} in {e.unit} on {what}; one-shot pruning, no retraining; bands and knees: 95 % intervals'
 
-# %% ../../nbs/api/82_essential.ipynb #3555295c
+# %% ../../nbs/api/82_essential.ipynb #c53e8ae5
 def layers_figure(names: Sequence[str], at: Sequence[float], rise: Tensor, unit: str): # matplotlib figure
     "The heat map as a picture: one panel for each sparsity when the layers come in blocks, else one column."
     from matplotlib.figure import Figure
@@ -1170,7 +1236,7 @@ def layers_figure(names: Sequence[str], at: Sequence[float], rise: Tensor, unit:
     index = {n.removesuffix('.weight'): i for i, n in enumerate(names)}
     if grid is None: panels, rows, cols = [rise], list(index), [f'{s:.0%}' for s in at]
     else:
-        rows, cols = grid[0], short([k.rpartition('.')[2] for k in grid[1]])
+        rows, cols = grid[0], kind_heads(grid[1])
         panels = [torch.tensor([[float(rise[index[n], j]) if (n := f'{b}.{k}') in index else math.nan for k in grid[1]] for b in rows]) for j in range(len(at))]
     fig = Figure(figsize=(1.6 + len(panels) * max(2.4, .42 * len(cols)), 1.2 + .26 * len(rows)))
     axes = fig.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -1182,7 +1248,7 @@ def layers_figure(names: Sequence[str], at: Sequence[float], rise: Tensor, unit:
     fig.colorbar(im, ax=axes, label=f'change ({unit})', fraction=.04)
     return fig
 
-# %% ../../nbs/api/82_essential.ipynb #7894bf00
+# %% ../../nbs/api/82_essential.ipynb #4efbaff9
 def static_html(st: Study, options: Mapping[str, Any], board: Any) -> str:
     "Everything that is known now, as HTML that needs no kernel."
     x, s, e = board.explorer, board.settings, st.evaluate
@@ -1205,7 +1271,7 @@ def static_html(st: Study, options: Mapping[str, Any], board: Any) -> str:
         out.append('<h4>Which layers break alone</h4>' + figure_html(lambda: layers_figure(st.names, *known, e.unit), f'sensitivity of {len(st.names)} layers'))
     return ''.join(out) + '</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #5dd33f0c
+# %% ../../nbs/api/82_essential.ipynb #74202fc2
 def essential_explorer(lm: Pretrained | nn.Module, # from `zoo.load`, or any model together with `evaluate`; only read
                        evaluate: Evaluate | None = None, # what to measure; the model's own text or images when left out
                        calibration: Any = None, # batches or a Calibration, for criteria that need data

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'COLOURS', 'PATTERNS', 'OWN', 'NONE', 'Recording', 'series', 'matrix', 'rows', 'checked', 'grouped',
-           'read_table', 'read_recordings', 'recordings', 'named', 'renamed', 'save_recording', 'Task', 'Offer',
+           'read_table', 'renamed', 'read_recordings', 'recordings', 'named', 'save_recording', 'Task', 'Offer',
            'classifier', 'image_task', 'digits_task', 'fashion_task', 'language_task', 'offers', 'beat', 'train_step',
            'newest', 'held_out', 'training', 'record_run', 'training_recipes', 'run_name', 'Scale', 'scale_of', 'about',
            'edges', 'short_names', 'loss_curves', 'record_at', 'draw_map', 'draw_curves', 'read_out', 'layer_of',
@@ -51,7 +51,7 @@ class Recording:
         self.name, self.total, self.state = name, total, ''
         self.values: dict[tuple[str, str], tuple[array, array]] = {}     # (measure, site) -> steps, values
         self.units: dict[str, str] = {}
-        self.lock = threading.RLock()
+        self.end, self.lock = [0], threading.RLock()                     # the last step; shared with a copy under another name
         self.add(rows)
     def add(self, rows: Iterable[Row]) -> None:
         "Take new rows; a step that is recorded again replaces what it was."
@@ -60,6 +60,7 @@ class Recording:
                 steps, values = self.values.setdefault((r['name'], r.get('site') or ''), (array('q'), array('d')))
                 steps.append(r['step'])
                 values.append(r['value'])
+                self.end[0] = max(self.end[0], r['step'])
                 self.units.setdefault(r['name'], r.get('unit') or '')
     def series(self, name: str, site: str = '') -> tuple[np.ndarray, np.ndarray]: return series(self, name, site) # steps, values
     def matrix(self, name: str) -> tuple[np.ndarray, np.ndarray]: return matrix(self, name) # (steps,), (sites, steps), NaN where nothing is known
@@ -70,19 +71,19 @@ class Recording:
     def measures(self) -> list[str]: return list(dict.fromkeys(n for n, s in list(self.values) if s not in ('', 'all')))
     @property
     def curves(self) -> list[str]: return list(dict.fromkeys(n for n, s in list(self.values) if not s))
-    @property
-    def last(self) -> int: return max((s[-1] for s, _ in list(self.values.values())), default=0)
+    last = property(lambda self: self.end[0]) # step
     @property
     def span(self) -> int: return max(self.total, self.last)
     def __repr__(self): return f"Recording({self.name!r}, {len(self.sites)} layers, {len(self.measures)} measures, to step {self.last})"
 
-# %% ../../nbs/api/83_flow.ipynb #79fd755a
+# %% ../../nbs/api/83_flow.ipynb #07ea130b
 def series(r: Recording, name: str, site: str = '') -> tuple[np.ndarray, np.ndarray]: # steps, values; both empty where there is nothing
     "One curve, its steps in order."
     with r.lock: found = dict(zip(*(x.tolist() for x in r.values.get((name, site), (array('q'), array('d'))))))
     steps = sorted(found)
     return np.array(steps, dtype=np.int64), np.array([found[t] for t in steps], dtype=np.float64)
 
+# %% ../../nbs/api/83_flow.ipynb #94072fa7
 def matrix(r: Recording, name: str) -> tuple[np.ndarray, np.ndarray]: # steps, (sites, steps)
     "One measure of all layers over all steps at which any has it."
     found = [series(r, name, s) for s in r.sites]
@@ -91,29 +92,32 @@ def matrix(r: Recording, name: str) -> tuple[np.ndarray, np.ndarray]: # steps, (
     for line, (t, v) in zip(out, found): line[np.searchsorted(steps, t)] = v
     return steps, out
 
+# %% ../../nbs/api/83_flow.ipynb #fc9d2063
 def rows(r: Recording) -> list[Row]:
     "Everything, by step."
     out = [dict(step=int(t), site=s, name=n, value=float(v), unit=r.units[n]) for n, s in list(r.values) for t, v in zip(*series(r, n, s))]
     return sorted(out, key=lambda x: x['step'])
 
-# %% ../../nbs/api/83_flow.ipynb #94072fa7
+# %% ../../nbs/api/83_flow.ipynb #791606b1
 def checked(table: Iterable[Mapping[str, Any]], where: str) -> Iterator[tuple[str, Row]]: # name of the run, row
     "Rows as they should be; ValueError that names the place of one that is not."
     for i, r in enumerate(table, 1):
         if not isinstance(r, Mapping) or any(r.get(k) in (None, '') for k in ('step', 'name', 'value')):
             raise ValueError(f"{where}, row {i}: a record has step, name and value, and may have site, unit and run; this one is {str(r)[:80]}")
-        try: step, value = int(r['step']), float(r['value'])
+        try: step, value = float(r['step']), float(r['value'])
         except (TypeError, ValueError): raise ValueError(f"{where}, row {i}: step {r['step']!r} and value {r['value']!r} are to be numbers") from None
+        if not step.is_integer(): raise ValueError(f"{where}, row {i}: step {r['step']!r} is to be a whole number")
         text = {k: '' if (v := r.get(k)) is None or v != v else str(v) for k in ('site', 'unit', 'run')}
-        if math.isfinite(value): yield text['run'], dict(step=step, name=str(r['name']), value=value, unit=text['unit'], site=text['site'])
+        if math.isfinite(value): yield text['run'], dict(step=int(step), name=str(r['name']), value=value, unit=text['unit'], site=text['site'])
 
+# %% ../../nbs/api/83_flow.ipynb #2715ddc8
 def grouped(table: Iterable[Mapping[str, Any]], name: str, where: str) -> dict[str, Recording]:
     "One recording for each value of the column `run`."
     found: dict[str, list[Row]] = {}
     for run, r in checked(table, where): found.setdefault(run or name, []).append(r)
     return {k: Recording(k, v) for k, v in found.items()}
 
-# %% ../../nbs/api/83_flow.ipynb #76dc514d
+# %% ../../nbs/api/83_flow.ipynb #a35b7f35
 def read_table(path: Path) -> list[Any]: # rows
     "A CSV file, or a JSON file with a list of rows."
     try: text = path.read_text(encoding='utf-8')
@@ -124,6 +128,15 @@ def read_table(path: Path) -> list[Any]: # rows
     if not isinstance(table, list): raise ValueError(f"{path.name} holds a {type(table).__name__}: a recording is a list of rows")
     return table
 
+# %% ../../nbs/api/83_flow.ipynb #b939a47d
+def renamed(r: Recording, name: str) -> Recording:
+    "The same records under another name."
+    if r.name == name: return r
+    out = copy.copy(r)
+    out.name = name
+    return out
+
+# %% ../../nbs/api/83_flow.ipynb #3f72f2fd
 def read_recordings(path: str | Path # a .csv or .json file, or a folder of them or of stored runs
                     ) -> dict[str, Recording]: # by name
     "Recordings from disk. ValueError names a file that is none; in a folder it is left out with a warning, and there must be one that is."
@@ -134,12 +147,12 @@ def read_recordings(path: str | Path # a .csv or .json file, or a folder of them
         return grouped(read_table(path), path.parent.name if path.name == 'records.csv' else path.stem, path.name)
     found: dict[str, Recording] = {}
     for f in sorted([*path.glob('*.csv'), *path.glob('*.json'), *path.glob('*/records.csv')]):
-        try: found |= read_recordings(f)
+        try: found |= {n: renamed(r, n) for k, r in read_recordings(f).items() for n in [f'{k} ({f.name})' if k in found else k]}
         except ValueError as e: warnings.warn(f'skipped {e}', stacklevel=2)
     if not found: raise ValueError(f"{path} holds no recording: they are .csv or .json files with the columns step, name, value, site, unit")
     return found
 
-# %% ../../nbs/api/83_flow.ipynb #2273d637
+# %% ../../nbs/api/83_flow.ipynb #04374f93
 def recordings(records: Any, # Recording, GradientFlow, rows, data frame, file, folder, or {name: any of these}; None: none
                name: str = 'run') -> dict[str, Recording]: # by name
     "Recordings from whatever holds them; nothing of a model is kept."
@@ -151,26 +164,23 @@ def recordings(records: Any, # Recording, GradientFlow, rows, data frame, file, 
     if hasattr(records, 'to_dict'): records = records.to_dict('records')
     return grouped(records, name, name)
 
+# %% ../../nbs/api/83_flow.ipynb #c683e481
 def named(found: dict[str, Recording], name: str) -> dict[str, Recording]:
     "A single recording takes the name it was given; of several each keeps its own after it."
     return {name: next(iter(found.values()))} if len(found) == 1 else {f'{name}, {k}': v for k, v in found.items()}
 
-def renamed(r: Recording, name: str) -> Recording:
-    "The same records under another name."
-    if r.name == name: return r
-    out = copy.copy(r)
-    out.name = name
-    return out
-
-def save_recording(r: Recording, path: str | Path # .csv or .json file to make or replace, or a folder for NAME.csv
+# %% ../../nbs/api/83_flow.ipynb #0f1b4629
+def save_recording(r: Recording, path: str | Path # .csv or .json file to make or replace, or a folder for NAME.csv, NAME-2.csv …
                    ) -> Path: # the file
     "Write a recording, whole or not at all."
     path = Path(path).expanduser()
-    if path.suffix not in ('.csv', '.json'): path = path / (re.sub(r'[^\w.-]+', '-', r.name).strip('-') + '.csv')
+    if path.suffix not in ('.csv', '.json'):
+        name = re.sub(r'[^\w.-]+', '-', r.name).strip('-') or 'run'
+        path = next(p for i in count(1) if not (p := path / f"{name}{f'-{i}' * (i > 1)}.csv").exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(path, (to_json if path.suffix == '.json' else to_csv)(r.rows()))
 
-# %% ../../nbs/api/83_flow.ipynb #180f954c
+# %% ../../nbs/api/83_flow.ipynb #2fb5ad52
 class Task(NamedTuple):
     "What a run trains on."
     model: nn.Module
@@ -185,6 +195,7 @@ class Offer(NamedTuple):
     lr: float
     steps: int
 
+# %% ../../nbs/api/83_flow.ipynb #21194991
 def classifier(inputs: int, hidden: int = 128) -> nn.Module: # (batch, inputs) -> (batch, 10)
     "Four layers and a head, always from the same start; the head stays dense."
     sizes = (inputs, hidden, hidden, hidden // 2, hidden // 2)
@@ -196,7 +207,7 @@ def classifier(inputs: int, hidden: int = 128) -> nn.Module: # (batch, inputs) -
         if name != 'head': model.add_module(name.replace('layer', 'relu'), nn.ReLU())
     return model
 
-# %% ../../nbs/api/83_flow.ipynb #791606b1
+# %% ../../nbs/api/83_flow.ipynb #c9848679
 def image_task(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor, batch: int = 128) -> Task:
     "Classify flat images."
     at = order(len(x), batch)
@@ -204,6 +215,7 @@ def image_task(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor, batch: int 
     held = (held_x.float() / (255 if x.dtype == torch.uint8 else 1), held_y)
     return Task(classifier(x.size(1)), lambda model, b: F.cross_entropy(model(b[0]), b[1]), lambda t: [take(i) for i in at(t).chunk(2)], held)
 
+# %% ../../nbs/api/83_flow.ipynb #cfc7cdc4
 def digits_task() -> Task:
     "scikit-learn's 1,797 digits of 8×8 pixels."
     return image_task(*digits())
@@ -213,6 +225,7 @@ def fashion_task() -> Task:
     (x, y), (held_x, held_y) = load_mnist('fashion_mnist'), load_mnist('fashion_mnist', 'test')
     return image_task(x.flatten(1), y, held_x[:1000].flatten(1), held_y[:1000])
 
+# %% ../../nbs/api/83_flow.ipynb #1c93c52d
 def language_task(length: int = 32, batch: int = 4) -> Task:
     "The embedded language model on the first nine tenths of its held-out text; the last tenth is not trained on."
     lm = zoo.load('embedded')
@@ -222,7 +235,7 @@ def language_task(length: int = 32, batch: int = 4) -> Task:
     at = order(len(x), batch)
     return Task(lm.model, next_token_loss, lambda t: list(x[at(t)].chunk(2)), held, 'nats/token')
 
-# %% ../../nbs/api/83_flow.ipynb #f1d506a6
+# %% ../../nbs/api/83_flow.ipynb #5ae72513
 def offers() -> dict[str, Offer]: # by name
     "What can be trained on this machine."
     found = {'digits, MLP': Offer(digits_task, 1e-3, 2000), 'Fashion-MNIST, MLP': Offer(fashion_task, 1e-3, 2000),
@@ -231,14 +244,16 @@ def offers() -> dict[str, Offer]: # by name
     except FileNotFoundError: has = False
     return {k: v for k, v in found.items() if has or v.make is not fashion_task}
 
+# %% ../../nbs/api/83_flow.ipynb #a18051e2
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {'AdamW': torch.optim.AdamW, 'SGD, momentum 0.9': partial(torch.optim.SGD, momentum=.9),
                                                                'SGD': torch.optim.SGD}
 
-# %% ../../nbs/api/83_flow.ipynb #94490b38
+# %% ../../nbs/api/83_flow.ipynb #3e01070b
 def beat(steps: int) -> int: # steps between records
     "Some 400 records of a run, but a long one is recorded every five steps, so that nobody waits for a point."
     return min(5, max(1, steps // 400))
 
+# %% ../../nbs/api/83_flow.ipynb #80bf8eab
 def train_step(task: Task, optimizer: torch.optim.Optimizer, r: GradientFlow, t: int) -> float: # the loss
     "Forward and backward for each micro-batch, then a step."
     parts, total = task.parts(t), 0.
@@ -252,17 +267,19 @@ def train_step(task: Task, optimizer: torch.optim.Optimizer, r: GradientFlow, t:
     if not math.isfinite(total): raise FloatingPointError(f"the loss is {total} at step {t + 1}: start again with a lower learning rate than {optimizer.param_groups[0]['lr']:g}")
     return total
 
+# %% ../../nbs/api/83_flow.ipynb #d2ac1c43
 def newest(r: GradientFlow) -> list[Row]:
     "The rows of the last record, also those over all layers."
     last = copy.copy(r)
     last.steps, last.records = r.steps[-1:], r.records[-1:]
     return last.rows() + last.totals()
 
+# %% ../../nbs/api/83_flow.ipynb #42ca59fd
 def held_out(task: Task) -> float:
     "The loss on what is not trained on."
     with torch.no_grad(): return float(task.loss(task.model, task.held))
 
-# %% ../../nbs/api/83_flow.ipynb #1f00e714
+# %% ../../nbs/api/83_flow.ipynb #f1a97d6a
 def training(task: Task, recipe: Callable[..., Any], # of `recipes`, of the family 'training'
              steps: int, lr: Callable[[], float], # asked at every step
              optimizer: str = 'AdamW', every: int | None = None, # steps between records; `beat` when left out
@@ -286,7 +303,7 @@ def training(task: Task, recipe: Callable[..., Any], # of `recipes`, of the fami
         r.detach()
         sp.detach()
 
-# %% ../../nbs/api/83_flow.ipynb #e649e61e
+# %% ../../nbs/api/83_flow.ipynb #3a536a81
 def record_run(task: str = 'digits, MLP', recipe: str = 'sr_ste', steps: int | None = None, lr: float | None = None, name: str | None = None,
                tasks: Mapping[str, Offer] | None = None, **how: Any) -> Recording: # how: pattern, sparsity, optimizer, every …
     "Train from begin to end and record it."
@@ -298,16 +315,18 @@ def record_run(task: str = 'digits, MLP', recipe: str = 'sr_ste', steps: int | N
     for new in training(offer.make(), make, r.total, lambda: lr or offer.lr, **how): r.add(new)
     return r
 
+# %% ../../nbs/api/83_flow.ipynb #c7c7050b
 def training_recipes() -> dict[str, Callable[..., Any]]: # by name
     "The recipes of the table that attach to an optimizer."
     return {x['name']: recipes.REGISTER[x['name'].rstrip('_')]['recipe'] for x in recipes.table() if x['family'] == 'training'}
 
+# %% ../../nbs/api/83_flow.ipynb #582092e3
 def run_name(recipe: str, pattern: Any, sparsity: float | None, task: str) -> str:
     "What a run is called: recipe, pattern, sparsity, task."
     what = [recipe, '' if pattern is None else str(pattern), '' if sparsity is None else f'{sparsity:.0%}']
     return f"{' '.join(x for x in what if x)}, {task.partition(',')[0]}"
 
-# %% ../../nbs/api/83_flow.ipynb #3f72f2fd
+# %% ../../nbs/api/83_flow.ipynb #e03c5f91
 class Scale(NamedTuple):
     "What the ends of the colour map stand for."
     low: float
@@ -329,34 +348,38 @@ def scale_of(runs: Iterable[Recording], measure: str, how: str = 'automatic') ->
     low, high = min(0., float(v.min())), float(v.max())
     return Scale(low, high if high > low else low + 1, False)
 
+# %% ../../nbs/api/83_flow.ipynb #9417e3a8
 def about(measure: str) -> tuple[str, str, str]: # in words, unit, definition and source
     "What a measure is."
     unit, what, source = MEASURES.get(measure, ('', '', ''))
     return label(measure), unit, f'{what} ({source})' if what else ''
 
-# %% ../../nbs/api/83_flow.ipynb #2ce34ab3
+# %% ../../nbs/api/83_flow.ipynb #5b219b54
 def edges(steps: np.ndarray) -> np.ndarray: # (steps + 1,) where cells begin and end; a record's cell ends at its step
     "A record tells of the steps since the one before."
     first = max(0., 2. * steps[0] - steps[1]) if len(steps) > 1 else 0.
     return np.concatenate([[first], steps.astype(float)])
 
+# %% ../../nbs/api/83_flow.ipynb #5075acdd
 def short_names(names: Sequence[str]) -> list[str]:
     "Without the beginning that all share and the word weight."
     parts = [n.split('.') for n in names]
     n = next((i for i, p in enumerate(zip(*parts)) if len(set(p)) > 1), 0) if len(names) > 1 else 0
     return ['.'.join(p[n:]).removesuffix('.weight') for p in parts]
 
+# %% ../../nbs/api/83_flow.ipynb #b5eda0d0
 def loss_curves(r: Recording) -> list[str]:
     "Losses, or where there is none the first curve of the run."
     others = [n for n in r.curves if n != 'learning rate']
     return [n for n in others if n.endswith('loss')] or others[:1]
 
+# %% ../../nbs/api/83_flow.ipynb #65c41e19
 def record_at(steps: np.ndarray, step: float) -> int | None: # index; None after the last
     "The record that a step belongs to."
     i = int(np.searchsorted(steps, step))
     return i if i < len(steps) else None
 
-# %% ../../nbs/api/83_flow.ipynb #a2ccc657
+# %% ../../nbs/api/83_flow.ipynb #f3f17c6f
 def draw_map(ax, r: Recording, measure: str, scale: Scale, cursor: Mapping[str, Any], c: Mapping[str, Any]) -> Any: # the mesh
     "Layers from the first (above) to the last, over steps."
     from matplotlib import colormaps
@@ -379,7 +402,7 @@ def draw_map(ax, r: Recording, measure: str, scale: Scale, cursor: Mapping[str, 
     if cursor.get('layer') in r.sites: ax.axhspan(*(r.sites.index(cursor['layer']) + np.array([0, 1])), fill=False, edgecolor=c['text'], lw=1.2)
     return drawn
 
-# %% ../../nbs/api/83_flow.ipynb #c683e481
+# %% ../../nbs/api/83_flow.ipynb #63a682eb
 def draw_curves(ax, r: Recording, curves: Sequence[tuple[str, str, str]], c: Mapping[str, Any], color: str, log: bool = False) -> None:
     "Curves of one run: (measure, site, words)."
     for (n, s, words), ls in zip(curves, ('-', (0, (4, 2)), ':', '-.')):
@@ -390,7 +413,7 @@ def draw_curves(ax, r: Recording, curves: Sequence[tuple[str, str, str]], c: Map
     elif curves[0][0] == 'learning rate' and ax.lines: ax.set_ylim(0, 1.15 * max(line.get_ydata().max() for line in ax.lines))
     if len(ax.lines) > 1: ax.legend(fontsize=7, ncols=2, loc='lower left', bbox_to_anchor=(-.01, .95), borderaxespad=.1, handlelength=1.8)
 
-# %% ../../nbs/api/83_flow.ipynb #48529920
+# %% ../../nbs/api/83_flow.ipynb #443dcba6
 def read_out(r: Recording, measure: str, cursor: Mapping[str, Any]) -> str:
     "The values under the cursor in words; empty without one."
     if 'step' not in cursor: return ''
@@ -402,11 +425,13 @@ def read_out(r: Recording, measure: str, cursor: Mapping[str, Any]) -> str:
         if i is not None: said.append(f'{words} {v[i]:.3g}')
     return f"step {cursor['step']}: " + (', '.join(said) or 'no record')
 
+# %% ../../nbs/api/83_flow.ipynb #0e94c1d6
 def layer_of(runs: Iterable[Recording], cursor: Mapping[str, Any]) -> str:
     "The layer whose curve is shown: the cursor's, else the first."
     found = [s for r in runs for s in r.sites]
     return cursor['layer'] if cursor.get('layer') in found else next(iter(found), '')
 
+# %% ../../nbs/api/83_flow.ipynb #7f087467
 def panels(runs: Sequence[Recording], measure: str, layer: str) -> list[tuple[list[tuple[str, str, str]], str, bool]]: # curves, label of the axis, logarithmic
     "What stands below the maps: the measure at one layer and over all, loss, learning rate."
     units = {k: v for r in reversed(runs) for k, v in r.units.items()}
@@ -416,7 +441,7 @@ def panels(runs: Sequence[Recording], measure: str, layer: str) -> list[tuple[li
     if 'learning rate' in units: out.append(([('learning rate', '', 'learning rate')], 'learning\nrate (per step)', False))
     return out
 
-# %% ../../nbs/api/83_flow.ipynb #241a28a2
+# %% ../../nbs/api/83_flow.ipynb #45630aa4
 def flow_figure(runs: Sequence[Recording], # one, or two to be compared
                 measure: str = 'through_pruned', # of MEASURES, or any that the records have layer by layer
                 colours: str = 'automatic', # 'linear', 'logarithmic'
@@ -439,13 +464,14 @@ def flow_figure(runs: Sequence[Recording], # one, or two to be compared
         finish(fig, axes, runs, measure, at, c, [m for m in meshes if m is not None])
     return fig
 
-# %% ../../nbs/api/83_flow.ipynb #94629859
+# %% ../../nbs/api/83_flow.ipynb #797e8a9a
 def together(axes: Sequence[Any]) -> None:
     "The same limits, so that heights can be compared."
     ends = np.array([ax.get_ylim() for ax in axes if ax.lines])
     for ax in axes:
         if len(ends): ax.set_ylim(ends[:, 0].min(), ends[:, 1].max())
 
+# %% ../../nbs/api/83_flow.ipynb #88234050
 def finish(fig: Any, axes: Any, runs: Sequence[Recording], measure: str, at: Mapping[str, Any], c: Mapping[str, Any], meshes: list[Any]) -> None:
     "Axes, colour bar, cursor and what it reads."
     words, unit, _ = about(measure)
@@ -456,7 +482,7 @@ def finish(fig: Any, axes: Any, runs: Sequence[Recording], measure: str, at: Map
     if meshes: fig.colorbar(meshes[0], ax=list(axes[0]), label=f'{words}\n({unit})', pad=.01, aspect=14).outline.set_visible(False)
     fig.align_ylabels(axes[:, 0])
 
-# %% ../../nbs/api/83_flow.ipynb #cc38fbba
+# %% ../../nbs/api/83_flow.ipynb #b47601e4
 def canvas_data(r: Recording | None, measure: str) -> dict[str, Any]: # JSON-able, but for `values`, a float32 buffer
     "What the page needs to draw a run; empty for none."
     if r is None: return {}
@@ -469,18 +495,20 @@ def canvas_data(r: Recording | None, measure: str) -> dict[str, Any]: # JSON-abl
                     arrays={k: [end - len(v), len(v)] for end, (k, v) in zip(ends, parts.items()) if len(v)},
                     values=np.concatenate(list(parts.values())).astype(np.float32).tobytes())
 
+# %% ../../nbs/api/83_flow.ipynb #eed242f0
 def scale_data(runs: Sequence[Recording], measure: str, colours: str) -> dict[str, Any]:
     "The scale, and what the measure is, in words."
     words, unit, definition = about(measure)
     unit = unit or next((r.units[measure] for r in runs if measure in r.units), '')
     return dict(scale_of(runs, measure, colours)._asdict(), measure=measure, label=words, unit=unit, about=definition)
 
+# %% ../../nbs/api/83_flow.ipynb #8047e4e4
 def palette() -> bytes: # 256 colours of 3 bytes
     "The colour map that the page draws with."
     from matplotlib import colormaps
     return (colormaps[MAPS['score']](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
 
-# %% ../../nbs/api/83_flow.ipynb #3336c35b
+# %% ../../nbs/api/83_flow.ipynb #4bbae3b7
 @cache
 def canvas_class() -> type:
     "The widget that draws one or two runs."
@@ -492,10 +520,11 @@ def canvas_class() -> type:
         lut = T.Bytes(b'').tag(sync=True)
     return FlowCanvas
 
-# %% ../../nbs/api/83_flow.ipynb #21194991
+# %% ../../nbs/api/83_flow.ipynb #b4cbd568
 PATTERNS = ('unstructured', 'per_row', '2:4', '1:4', '1:8', '2:16', 'block16', 'block32', 'row', 'col')
 OWN, NONE = "the recipe's own", '–'
 
+# %% ../../nbs/api/83_flow.ipynb #0f8de785
 class FlowDashboard(Dashboard):
     "Recorded and live runs: `.runs` by name, `.job` the present training, `.cursor` the pinned step and layer."
     def __init__(self, runs: dict[str, Recording], tasks: Mapping[str, Offer], store: str | Path, settings: dict[str, Any]):
@@ -504,14 +533,17 @@ class FlowDashboard(Dashboard):
         self.cursor: dict[str, Any] = {}
         self.fresh: list[str] = []                  # live runs that were not saved
         self.rate = 0.                              # learning rate of the present run
+        self.free = settings.get('sparsity')        # as asked, while a pattern fixes another
     @property
     def shown(self) -> list[Recording]: return [r for r in sides(self) if r is not None] # the runs on the page
     def figure(self): return flow_figure(self.shown, self.settings['measure'], self.settings['colours'], self.cursor, self.dark) # matplotlib, of what is shown
 
+# %% ../../nbs/api/83_flow.ipynb #9bc4f4da
 def sides(board: FlowDashboard) -> list[Recording | None]: # left, right
     "The chosen runs."
     return [board.runs.get(board.settings[k]) for k in ('left', 'right')]
 
+# %% ../../nbs/api/83_flow.ipynb #8d7ffd1b
 def twin(board: Any) -> str: # HTML
     "The static form: a figure of what is shown, and what is shown."
     s = board.settings
@@ -520,7 +552,7 @@ def twin(board: Any) -> str: # HTML
     return f"<p><b>{words}</b> ({unit}). <small>{definition}</small></p>" + figure_html(
         lambda: flow_figure(board.shown, s['measure'], s['colours'], board.cursor), f"{words} of {' and '.join(r.name for r in board.shown)}, layer by layer over steps, above loss and learning rate")
 
-# %% ../../nbs/api/83_flow.ipynb #49d93eb7
+# %% ../../nbs/api/83_flow.ipynb #1213cbb6
 def refresh(board: FlowDashboard, _: Any = None) -> None:
     "Send what is shown to the page."
     if board.canvas is None: return
@@ -529,11 +561,12 @@ def refresh(board: FlowDashboard, _: Any = None) -> None:
         board.canvas.scale = scale_data(board.shown, board.settings['measure'], board.settings['colours'])
         board.canvas.left, board.canvas.right = canvas_data(left, board.settings['measure']), canvas_data(right, board.settings['measure'])
 
+# %% ../../nbs/api/83_flow.ipynb #21671033
 def menus(board: FlowDashboard) -> None:
     "Bring the menus of runs and measures up to date; what is chosen stays chosen."
-    for k, other in (('left', NONE), ('right', NONE)):
+    for k in ('left', 'right'):
         w = board.controls[k]
-        if w.options != (wanted := (NONE, *board.runs)): w.options, w.value = wanted, w.value if w.value in wanted else other
+        if w.options != (wanted := (NONE, *board.runs)): w.options, w.value = wanted, w.value if w.value in wanted else NONE
     names = [m for m in dict.fromkeys([*MEASURES, *(m for r in board.runs.values() for m in r.measures)]) if not board.runs or any(m in r.measures for r in board.runs.values())]
     w, options = board.controls['measure'], tuple((f'{about(m)[0]}  ({about(m)[1]})' if about(m)[1] else m, m) for m in names or MEASURES)
     if w.options != options:
@@ -541,6 +574,7 @@ def menus(board: FlowDashboard) -> None:
         w.options = options
         if kept in dict(options).values(): w.value = kept
 
+# %% ../../nbs/api/83_flow.ipynb #4cb53dc5
 def place(board: FlowDashboard, name: str) -> None:
     "Show a run: beside the one that was started last."
     menus(board)
@@ -548,7 +582,7 @@ def place(board: FlowDashboard, name: str) -> None:
     side = next((k for k in ('left', 'right') if board.settings[k] == NONE), None) or ('right' if board.settings['left'] == last else 'left')
     board.controls[side].value = name
 
-# %% ../../nbs/api/83_flow.ipynb #c9848679
+# %% ../../nbs/api/83_flow.ipynb #8d02974e
 def choosers(board: FlowDashboard) -> Any: # ipywidgets row
     "What is shown: two runs, a measure, its colours."
     import ipywidgets as W
@@ -561,19 +595,20 @@ def choosers(board: FlowDashboard) -> Any: # ipywidgets row
     for w in out: board.on(w, partial(refresh, board))
     return W.HBox(out).add_class('sw-row')
 
-# %% ../../nbs/api/83_flow.ipynb #9c04425e
+# %% ../../nbs/api/83_flow.ipynb #c8d5ae18
 def fixed_sparsity(recipe: str, pattern: str) -> tuple[str, float | None]: # the pattern in words, its sparsity if it fixes one
     "What the pattern of a run will be."
     p = own_pattern(recipe) if pattern == OWN else read_pattern(pattern)
     return repr(p), p.sparsity
 
+# %% ../../nbs/api/83_flow.ipynb #63233223
 def own_pattern(recipe: str) -> Pattern:
     "The pattern that a recipe takes by itself."
     import inspect
     p = inspect.signature(training_recipes()[recipe]).parameters.get('pattern')
     return read_pattern(p.default if p is not None else 'unstructured')
 
-# %% ../../nbs/api/83_flow.ipynb #a9c86612
+# %% ../../nbs/api/83_flow.ipynb #449c10b5
 def trainers(board: FlowDashboard) -> Any: # ipywidgets box
     "What is trained: task, recipe, pattern, sparsity, optimizer, steps, and a learning rate that may move while it runs."
     import ipywidgets as W
@@ -586,8 +621,9 @@ def trainers(board: FlowDashboard) -> Any: # ipywidgets box
     note = W.HTML().add_class('sw-note')
     def describe(_: Any = None) -> None:
         words, fixed = fixed_sparsity(recipe.value, pattern.value)
-        sparsity.disabled, note.value = fixed is not None, recipe_note(recipe.value, words)
-        if fixed is not None: sparsity.value = max(sparsity.min, min(sparsity.max, fixed))
+        now = board.free if fixed is None and sparsity.disabled else sparsity.value if fixed is None else max(sparsity.min, min(sparsity.max, fixed))
+        if not sparsity.disabled and now != sparsity.value: board.free = sparsity.value        # comes back with a pattern that leaves the choice
+        sparsity.disabled, sparsity.value, note.value = fixed is not None, now, recipe_note(recipe.value, words)
     def suit(_: Any) -> None: steps.value, rate.value = board.tasks[task.value].steps, board.tasks[task.value].lr
     def turn(_: Any) -> None: board.rate = rate.value
     for w in (recipe, pattern): board.on(w, describe)
@@ -599,13 +635,14 @@ def trainers(board: FlowDashboard) -> Any: # ipywidgets box
     rows = [W.HBox(ws).add_class('sw-row') for ws in ([task, recipe, pattern, sparsity], [optimizer, steps, rate, bar])]
     return W.VBox([rows[0], note, rows[1]]).add_class('swf-train')
 
+# %% ../../nbs/api/83_flow.ipynb #e76224ff
 def recipe_note(name: str, pattern: str) -> str: # HTML
     "Paper, summary and pattern of a recipe."
     import html
     r = recipes.REGISTER[name.rstrip('_')]
     return f'<a href="{html.escape(r["url"])}" target="_blank" rel="noopener">{html.escape(r["title"])}</a>: {html.escape(r["recipe"].__doc__)} Pattern: {html.escape(pattern)}'
 
-# %% ../../nbs/api/83_flow.ipynb #1c93c52d
+# %% ../../nbs/api/83_flow.ipynb #87377ecd
 def begin(board: FlowDashboard) -> Job:
     "A new run with the present settings, shown as it grows."
     s, offer = board.settings, board.tasks[board.settings['task']]
@@ -616,8 +653,9 @@ def begin(board: FlowDashboard) -> Job:
     board.rate = s['rate']
     recipe, steps = training_recipes()[s['recipe']], s['steps']
     def work() -> Iterator[list[Row]]: yield from training(offer.make(), recipe, steps, lambda: board.rate, **how)
-    return Job(work, total=steps // beat(steps), seen=partial(arrived, board, r), ended=partial(over, board, r))
+    return Job(work, total=steps // beat(steps), items='records', seen=partial(arrived, board, r), ended=partial(over, board, r))
 
+# %% ../../nbs/api/83_flow.ipynb #057af548
 def arrived(board: FlowDashboard, r: Recording, items: list[list[Row]]) -> None:
     "New records of a live run; the first ones bring it onto the page."
     for rows in items: r.add(rows)
@@ -628,6 +666,7 @@ def arrived(board: FlowDashboard, r: Recording, items: list[list[Row]]) -> None:
         place(board, r.name)
     refresh(board)
 
+# %% ../../nbs/api/83_flow.ipynb #27c63978
 def over(board: FlowDashboard, r: Recording, job: Job) -> None:
     "A live run has ended."
     if job.error is not None: traceback.clear_frames(job.error.__traceback__)
@@ -635,7 +674,7 @@ def over(board: FlowDashboard, r: Recording, job: Job) -> None:
     r.total = r.last                                # the charts end where the run did
     refresh(board)
 
-# %% ../../nbs/api/83_flow.ipynb #e6d58659
+# %% ../../nbs/api/83_flow.ipynb #fa30f2d2
 def shelf(board: FlowDashboard) -> Any: # ipywidgets row
     "Save live runs, load recorded ones."
     import ipywidgets as W
@@ -649,14 +688,17 @@ def shelf(board: FlowDashboard) -> Any: # ipywidgets row
         refresh(board)
         said.value = f"loaded {', '.join(found)}"
     def keep() -> None:
-        done = [save_recording(board.runs[n], path.value) for n in board.fresh]
+        file = Path(path.value).expanduser()
+        if board.fresh and file.suffix in ('.csv', '.json') and (len(board.fresh) > 1 or file.exists()):
+            raise ValueError(f"{file.name} {'is there already' if file.exists() else 'holds one run'}: name a folder for {len(board.fresh)} new runs")
+        done = [save_recording(board.runs[n], file) for n in board.fresh]
         said.value = f"wrote {', '.join(p.name for p in done)}" if done else 'there is no new run'
-        if board.job is None or not board.job.active: board.fresh.clear()
+        del board.fresh[:-1 if board.job is not None and board.job.active else None]        # what still grows is saved again at its end
     board.click(load, fetch)
     board.click(save, keep)
     return W.HBox([path, load, save, said]).add_class('sw-row')
 
-# %% ../../nbs/api/83_flow.ipynb #11c6a942
+# %% ../../nbs/api/83_flow.ipynb #cd01f9d4
 def build(board: Any) -> Any: # ipywidgets box
     "The live form."
     import ipywidgets as W
@@ -670,7 +712,7 @@ def build(board: Any) -> Any: # ipywidgets box
     refresh(board)
     return body
 
-# %% ../../nbs/api/83_flow.ipynb #5ae72513
+# %% ../../nbs/api/83_flow.ipynb #8b975fba
 def flow_dashboard(records: Any = None, # Recording, GradientFlow, rows, data frame, file, folder, or {name: any of these}
                    *, measure: str = 'through_pruned', # the first one shown
                    store: str | Path = 'flows', # folder for new runs; the one that was given as records, if it was one

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from ..allocation import Allocate, block_of, er, erk, explicit, global_, lamp, owl, uniform
+from ..allocation import Allocate, block_of, er, erk, global_, lamp, owl, uniform
 from ..core import Site, matches, sites
 from ..patterns import Pattern, asked, cells, check_scores, drops, geometry, masks, pattern as read_pattern
 from ..scores import Score, magnitude, random, ria, wanda
 from ..sparsifier import Sparsifier
-from .base import COLORS, MAPS, Dashboard, Job, asset, figure_html, guarded, style
+from .base import COLORS, MAPS, Dashboard, Job, asset, figure_html, guarded
 
 # %% ../../nbs/api/81_masks.ipynb #5d90d016
 class Ranked:
@@ -51,6 +51,7 @@ class Ranked:
         if not self.folded.numel(): return torch.ones(self.shape, dtype=torch.bool)
         return self.pattern.unfold(self.keep(sparsity), self.shape)
 
+# %% ../../nbs/api/81_masks.ipynb #169cf15e
 def cut_at(r: Ranked, drop: int | Tensor) -> Tensor: # bool like the folded scores
     "Keep what is above the value at the cut, and of the values on it the first."
     d = np.broadcast_to(np.asarray(drop), len(r.folded))
@@ -63,7 +64,7 @@ def cut_at(r: Ranked, drop: int | Tensor) -> Tensor: # bool like the folded scor
     out[torch.from_numpy(d >= r.folded.size(1))] = False
     return out
 
-# %% ../../nbs/api/81_masks.ipynb #3fb6e89b
+# %% ../../nbs/api/81_masks.ipynb #0078bdb4
 def seat(p: Pattern, shape: tuple[int, ...], row: int, col: int) -> tuple[int, int] | None: # group, place in it; None: it takes no part
     "Where the cell (row, col) of the unfolded weight lies in the folded scores."
     g = geometry(p, shape)
@@ -74,6 +75,7 @@ def seat(p: Pattern, shape: tuple[int, ...], row: int, col: int) -> tuple[int, i
     j += k * g.pc
     return (i // g.gr) * (g.k * g.pc // g.gc) + j // g.gc, i % g.gr * g.gc + j % g.gc
 
+# %% ../../nbs/api/81_masks.ipynb #5637166d
 def rank(r: Ranked, row: int, col: int) -> tuple[int, int] | None: # rank from 1, competitors; None: it takes no part
     "Where a weight stands, ties counted in order."
     if (at := seat(r.pattern, r.shape, row, col)) is None: return None
@@ -82,12 +84,13 @@ def rank(r: Ranked, row: int, col: int) -> tuple[int, int] | None: # rank from 1
     else: better = f.numel() - int(np.searchsorted(r.order[at[0]], v.numpy(), 'right'))
     return 1 + better + int((f[:at[1]] == v).sum()), int((f > -torch.inf).sum()) if r.short else f.numel()
 
-# %% ../../nbs/api/81_masks.ipynb #14236cde
+# %% ../../nbs/api/81_masks.ipynb #9b08e28b
 def unfolded(x: Tensor, # (out, in, *kernel)
              layout: str = 'channels_last') -> Tensor: # (out, in · kernel)
     "A weight as a matrix whose neighbours along a row are neighbours in the pattern; a view where there is no kernel."
     return x if x.ndim == 2 else cells(x, 'flat' if layout == 'flat' else 'channels_last').flatten(1)
 
+# %% ../../nbs/api/81_masks.ipynb #e88a65b7
 def index_of(shape: Sequence[int], col: int, layout: str = 'channels_last') -> tuple[int, ...]: # (in, *kernel)
     "Which input channel and kernel position a column of the unfolded matrix is."
     kernel = tuple(shape[2:])
@@ -96,30 +99,33 @@ def index_of(shape: Sequence[int], col: int, layout: str = 'channels_last') -> t
     channel, at = (col // k, col % k) if layout == 'flat' else (col % shape[1], col // shape[1])
     return (channel, *(int(i) for i in np.unravel_index(at, kernel)))
 
-# %% ../../nbs/api/81_masks.ipynb #b581da1a
+# %% ../../nbs/api/81_masks.ipynb #dee04e82
 TILE = 256      # texels along the side of a square that is sent
 
 def extent(n: int, z: int) -> Tensor: # (cells,) how many weights each cell of level z holds along an axis
     "The last cell may be smaller."
     return (n - torch.arange(-(-n // 2**z)) * 2**z).clamp_max(2**z).float()
 
+# %% ../../nbs/api/81_masks.ipynb #76289af0
 def pooled(x: Tensor, rows: int, cols: int) -> Tensor: # float, sums over rows × cols; what lies outside counts as zero
     "Sum over the cells of a grid."
     return avg_pool2d(x[None, None], (rows, cols), ceil_mode=True, divisor_override=1)[0, 0] if x.numel() else x
 
+# %% ../../nbs/api/81_masks.ipynb #3882c4ab
 def eighths(mask: Tensor) -> Tensor: # uint8 (rows, columns / 8 rounded up), kept of eight neighbours
     "Count eight columns at once: booleans as the bytes of a 64-bit integer, added by one multiplication."
     m = mask if mask.size(1) % 8 == 0 else torch.nn.functional.pad(mask, (0, -mask.size(1) % 8))
     words = m.contiguous().view(torch.uint8).view(m.size(0), -1, 8).view(torch.int64)[..., 0]
     return ((words * 0x0101010101010101) >> 56).to(torch.uint8)
 
+# %% ../../nbs/api/81_masks.ipynb #c185612e
 def column_sums(mask: Tensor) -> Tensor: # long (columns,)
     "Kept in every column; bytes are added 128 rows at a time, which they can hold."
     m = mask.view(torch.uint8)
     whole = m.size(0) // 128 * 128
     return m[:whole].view(-1, 128, m.size(1)).sum(1, dtype=torch.uint8).sum(0, dtype=torch.long) + m[whole:].sum(0, dtype=torch.long)
 
-# %% ../../nbs/api/81_masks.ipynb #5637166d
+# %% ../../nbs/api/81_masks.ipynb #41b0ccb9
 class Plane:
     "A matrix of weights, scores or kept flags, to be looked at from any distance."
     def __init__(self, x: Tensor, # (rows, columns), any float, or bool
@@ -142,7 +148,7 @@ class Plane:
         if z == 0: return x.float().cpu()
         return (pooled(self.coarse(x).float(), side, side).cpu() / (extent(x.size(0), z)[:, None] * extent(x.size(1), z)))
 
-# %% ../../nbs/api/81_masks.ipynb #9b08e28b
+# %% ../../nbs/api/81_masks.ipynb #77891d27
 class Scene:
     "One weight, its scores, its mask, and perhaps another mask to compare with."
     def __init__(self, site: Site, ranked: Ranked, mask: Tensor, other: Tensor | None = None,
@@ -168,17 +174,18 @@ class Scene:
     def overlap(self) -> dict[str, float]: return overlap(self.mask, self.other) # of the two masks
     def histogram(self, bins: int = 64) -> dict[str, Any]: return histogram(self, bins) # of what competes
 
+# %% ../../nbs/api/81_masks.ipynb #f008ccb8
 def differing(a: Tensor, b: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     "Where two masks agree and where only one of them keeps."
     if b is not None: yield from (('both', a & b), ('first', a & ~b), ('second', b & ~a))
 
-# %% ../../nbs/api/81_masks.ipynb #623e911e
+# %% ../../nbs/api/81_masks.ipynb #ba43c4fc
 def density(plane: Plane) -> tuple[Tensor, Tensor]: # (rows,), (columns,) float
     "Kept fraction of every row and of every column."
     rows, cols = plane.x.shape
     return plane.eights.sum(1, dtype=torch.int32) / max(1, cols), column_sums(plane.x) / max(1, rows)
 
-# %% ../../nbs/api/81_masks.ipynb #d453e097
+# %% ../../nbs/api/81_masks.ipynb #835b249e
 def overlap(a: Tensor, b: Tensor | None) -> dict[str, float]: # overlap, jaccard, differ: fractions; {} without a second mask
     "How much two masks agree."
     if b is None: return {}
@@ -186,7 +193,7 @@ def overlap(a: Tensor, b: Tensor | None) -> dict[str, float]: # overlap, jaccard
     either = na + nb - both
     return dict(overlap=both / max(1, na), jaccard=both / max(1, either), differ=(either - both) / max(1, a.numel()))
 
-# %% ../../nbs/api/81_masks.ipynb #77e881fc
+# %% ../../nbs/api/81_masks.ipynb #ee8e6d35
 def ranges(s: Scene) -> dict[str, tuple[float, float]]: # by mode and level
     "Colour ranges between the first and the last percentile at every level; signed ranges are symmetric."
     def span(x: Tensor) -> tuple[float, float]:
@@ -202,6 +209,7 @@ def ranges(s: Scene) -> dict[str, tuple[float, float]]: # by mode and level
             out[f'{mode}, {z}'] = lo, hi
     return out
 
+# %% ../../nbs/api/81_masks.ipynb #c4581c8c
 def tile(s: Scene, mode: str, z: int, y: int, x: int) -> np.ndarray: # uint8 (planes, ≤ TILE, ≤ TILE)
     "The square (y, x) of level z, ready to be coloured."
     if mode in ('mask', 'difference'):
@@ -211,7 +219,7 @@ def tile(s: Scene, mode: str, z: int, y: int, x: int) -> np.ndarray: # uint8 (pl
     part = s.planes[mode].part(z, y * TILE, x * TILE)
     return ((part - lo) * (255 / (hi - lo))).clamp(0, 255).round().to(torch.uint8).numpy()[None]
 
-# %% ../../nbs/api/81_masks.ipynb #4804bf10
+# %% ../../nbs/api/81_masks.ipynb #2a9d1166
 def probe(s: Scene, row: int, col: int) -> dict[str, Any]:
     "Index, value, score, rank and verdict of one weight."
     place = rank(s.ranked, row, col)
@@ -219,6 +227,7 @@ def probe(s: Scene, row: int, col: int) -> dict[str, Any]:
                 score=float(s.planes['score'].x[row, col]), rank=place and place[0], of=place and place[1], kept=bool(s.mask[row, col]),
                 other=None if s.other is None else bool(s.other[row, col]))
 
+# %% ../../nbs/api/81_masks.ipynb #6f9783f5
 def histogram(s: Scene, bins: int = 64) -> dict[str, Any]: # edges, kept and pruned counts, threshold, what is counted
     "Counts of what competes (weights, or mean scores of tiles), of 2^18 at most, and the value at the cut where there is one."
     r, g = s.ranked, geometry(s.ranked.pattern, s.ranked.shape)
@@ -231,6 +240,7 @@ def histogram(s: Scene, bins: int = 64) -> dict[str, Any]: # edges, kept and pru
     return dict(edges=edges.tolist(), kept=counts[0], pruned=counts[1], threshold=threshold(s, size), counted=f.size, of=r.folded.numel(),
                 what='weights' if size == 1 else f'tiles of {g.r} × {g.c}')
 
+# %% ../../nbs/api/81_masks.ipynb #040d251b
 def threshold(s: Scene, size: int) -> float | None:
     "The score of the last competitor that stays; None where every group has its own, or the mask comes from elsewhere."
     r = s.ranked
@@ -238,13 +248,14 @@ def threshold(s: Scene, size: int) -> float | None:
     d = int(drops(r.pattern, 1, r.folded.size(1), s.sparsity))
     return float(np.sort(r.folded.numpy()[0])[d] if r.short else r.order[0, d]) / size if 0 < d < r.folded.size(1) else None
 
+# %% ../../nbs/api/81_masks.ipynb #1b59ad07
 def logical(s: Scene) -> Tensor: # bool like the weight
     "The mask before it was unfolded."
     if len(s.ranked.shape) == 2: return s.mask
     out, inner, *kernel = s.ranked.shape
     return s.mask.reshape(out, inner, *kernel) if s.layout == 'flat' else s.mask.reshape(out, -1, inner).transpose(1, 2).reshape(s.ranked.shape)
 
-# %% ../../nbs/api/81_masks.ipynb #76289af0
+# %% ../../nbs/api/81_masks.ipynb #ec6f3725
 def chosen(ss: Sequence[Site], query: str # '' for all, part of a name, glob, 're:…', or a type of module
            ) -> list[int]: # positions of those that match
     "Which layers a filter means; ValueError when a regular expression is wrong."
@@ -253,6 +264,7 @@ def chosen(ss: Sequence[Site], query: str # '' for all, part of a name, glob, 'r
     try: return [i for i, s in enumerate(ss) if not q or matches(q, s.name.removesuffix('.' + s.param), s.name, s.module) or q.lower() in s.name.lower()]
     except re.error as e: raise ValueError(f"{q[3:]!r} is no regular expression: {e}") from None
 
+# %% ../../nbs/api/81_masks.ipynb #0f20d037
 ALLOCATIONS: dict[str, Allocate] = dict(uniform=uniform, global_=global_, erk=erk, er=er, lamp=lamp, owl=owl)
 READING = ('global_', 'lamp', 'owl')    # look at every weight
 
@@ -260,13 +272,14 @@ def available(ss: Sequence[Site], choices: Mapping[str, Any]) -> dict[str, Any]:
     "Criteria or allocations whose statistics all sites have."
     return {n: f for n, f in choices.items() if all(k in s.stats for s in ss for k in getattr(f, 'needs', ()))}
 
+# %% ../../nbs/api/81_masks.ipynb #e5b342e2
 def achieved(ss: Iterable[Site], score: Score, p: Pattern, ratios: Mapping[str, float]) -> Iterator[tuple[str, float, float]]: # name, asked, achieved
     "Count the zeros of real masks, slab by slab."
     for s in ss:
         kept = sum(int(torch.count_nonzero(m)) for _, m in masks(s, score, p, ratios[s.name]))
         yield s.name, ratios[s.name], 1 - kept / max(1, s.numel)
 
-# %% ../../nbs/api/81_masks.ipynb #7cf06ec8
+# %% ../../nbs/api/81_masks.ipynb #f1710b10
 class MaskRecord(Mapping):
     "Masks by step and name, a bit for each weight."
     def __init__(self, every: int = 1): # steps between two records, at least
@@ -280,6 +293,7 @@ class MaskRecord(Mapping):
     def __iter__(self) -> Iterator[int]: return iter(sorted(self.packed))
     def __len__(self) -> int: return len(self.packed)
 
+# %% ../../nbs/api/81_masks.ipynb #2a3b1397
 def record_masks(sp: Sparsifier, # attached or not
                  every: int = 1) -> MaskRecord: # filled as training goes on; the present masks are its first, if there are any
     "Keep the masks of a training, for the explorer's time slider."
@@ -288,7 +302,7 @@ def record_masks(sp: Sparsifier, # attached or not
     sp.listeners.append(record)
     return record
 
-# %% ../../nbs/api/81_masks.ipynb #e1d8a16b
+# %% ../../nbs/api/81_masks.ipynb #a56a2230
 class Desk:
     "What an explorer has worked out so far."
     def __init__(self, board: Dashboard):
@@ -304,6 +318,7 @@ class Desk:
     def sites(self) -> dict[str, Site]: return sites_of(self)
     def shown(self) -> Scene: return look(self) # the scene that the settings ask for
 
+# %% ../../nbs/api/81_masks.ipynb #35daa545
 def sites_of(desk: Desk) -> dict[str, Site]: # by name
     "The sites of the chosen model that have weights."
     name, models = desk.board.settings['model'], desk.board.of('models')
@@ -312,6 +327,7 @@ def sites_of(desk: Desk) -> dict[str, Site]: # by name
         desk.found[name] = {s.name: s for s in (sites(m, **desk.board.of('which')) if isinstance(m, nn.Module) else m) if s.numel}
     return desk.found[name]
 
+# %% ../../nbs/api/81_masks.ipynb #73397fb8
 def ranked(desk: Desk, site: Site, criterion: str, pattern: str) -> Ranked:
     "The ranked scores of the present layer, made once."
     key = desk.board.settings['model'], site.name, criterion, pattern
@@ -320,7 +336,7 @@ def ranked(desk: Desk, site: Site, criterion: str, pattern: str) -> Ranked:
         desk.ranks = {k: v for k, v in list(desk.ranks.items())[-1:] if k[:2] == key[:2]} | {key: Ranked(site, score, pattern)}
     return desk.ranks[key]
 
-# %% ../../nbs/api/81_masks.ipynb #96706317
+# %% ../../nbs/api/81_masks.ipynb #74638e5e
 LARGE = 2**25   # weights; beyond, all layers are ranked in the background
 
 def asked_of(desk: Desk, criterion: str, pattern: str) -> dict[str, float]: # by name; uniform while a large model is being ranked
@@ -340,6 +356,7 @@ def asked_of(desk: Desk, criterion: str, pattern: str) -> dict[str, float]: # by
     launch(desk, 'ranking', Job(make, ended=ended))
     return dict.fromkeys(desk.sites, st['sparsity'])
 
+# %% ../../nbs/api/81_masks.ipynb #21c1f645
 def launch(desk: Desk, name: str, job: Job) -> None:
     "Start work in the background in place of earlier work of that name; it is dropped when the dashboard closes."
     if name in desk.jobs: desk.jobs[name].cancel()
@@ -352,7 +369,7 @@ def launch(desk: Desk, name: str, job: Job) -> None:
     desk.jobs[name] = job
     job.start()
 
-# %% ../../nbs/api/81_masks.ipynb #53027837
+# %% ../../nbs/api/81_masks.ipynb #27595955
 RECORDED, NONE = 'recorded', 'nothing'
 
 def mask_of(desk: Desk, site: Site, criterion: str, pattern: str, step: int | None) -> tuple[Tensor, Tensor | None, float]: # mask, the same folded, asked
@@ -367,6 +384,7 @@ def mask_of(desk: Desk, site: Site, criterion: str, pattern: str, step: int | No
     kept = r.keep(share)
     return r.pattern.unfold(kept, r.shape), kept, share
 
+# %% ../../nbs/api/81_masks.ipynb #4aa55574
 def second(desk: Desk, site: Site) -> Tensor | None:
     "The mask to compare with, if any."
     st = desk.board.settings
@@ -374,12 +392,13 @@ def second(desk: Desk, site: Site) -> Tensor | None:
     if st['against'] == RECORDED: return mask_of(desk, site, RECORDED, '', earlier(desk))[0]
     return mask_of(desk, site, st['against'], st['pattern'] if st['against_pattern'] == 'same' else st['against_pattern'], None)[0]
 
+# %% ../../nbs/api/81_masks.ipynb #07933896
 def earlier(desk: Desk) -> int:
     "The recorded step before the present one."
     steps = sorted(desk.board.of('recorded'))
     return steps[max(0, steps.index(desk.board.settings['step']) - 1)]
 
-# %% ../../nbs/api/81_masks.ipynb #9ed69e12
+# %% ../../nbs/api/81_masks.ipynb #ed8a8d82
 def look(desk: Desk) -> Scene:
     "The scene of the present settings; the planes of weight and score stay while only the mask changes."
     st = desk.board.settings
@@ -392,7 +411,7 @@ def look(desk: Desk) -> Scene:
     desk.scene.show(mask, other, kept, share)
     return desk.scene
 
-# %% ../../nbs/api/81_masks.ipynb #f008ccb8
+# %% ../../nbs/api/81_masks.ipynb #bb886360
 def structure(s: Scene) -> dict[str, Any]:
     "How the pattern cuts the unfolded matrix, in weights."
     p, g, (rows, cols) = s.ranked.pattern, geometry(s.ranked.pattern, s.ranked.shape), s.shape
@@ -402,23 +421,24 @@ def structure(s: Scene) -> dict[str, Any]:
                 among=among if g.r * g.c == 1 else f'tiles {among}', across='input (column)' if inner == cols else f'kernel position · input, {inner} columns each',
                 levels=max(s.planes['weight'].levels, 0))
 
+# %% ../../nbs/api/81_masks.ipynb #f890e2b5
 def tints() -> dict[str, dict[str, str]]: # by theme
     "Colours of the canvas."
     own = {'light': dict(none='#f5e6d6', both='#99a1ac', tint='rgba(20, 30, 45, .07)', faint='rgba(20, 30, 45, .16)', line='rgba(20, 30, 45, .5)'),
            'dark': dict(none='#33271c', both='#67707c', tint='rgba(255, 255, 255, .08)', faint='rgba(255, 255, 255, .16)', line='rgba(255, 255, 255, .5)')}
     return {k: {**{n: c for n, c in COLORS[k == 'dark'].items() if isinstance(c, str)}, **v} for k, v in own.items()} # type: ignore[misc]
 
+# %% ../../nbs/api/81_masks.ipynb #06bff7e5
 def ramps() -> bytes: # 6 × 256 × 3: light then dark; single weight, mean weight, score
     "Colour maps as bytes; the signed one is dark in the middle on a dark page."
     import matplotlib
     names = [MAPS['weight'], MAPS['share'], MAPS['score'], 'berlin', MAPS['share'], MAPS['score']]
     return b''.join((matplotlib.colormaps[n](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes() for n in names)
 
-# %% ../../nbs/api/81_masks.ipynb #d69ca9ca
+# %% ../../nbs/api/81_masks.ipynb #0a9e4b82
 def facts(desk: Desk, s: Scene) -> list[tuple[str, str]]:
     "What there is to say of the layer."
-    st, n = desk.board.settings, s.mask.numel()
-    zeros = n - int(torch.count_nonzero(s.mask))
+    n, zeros = s.mask.numel(), int(torch.count_nonzero(~s.mask))
     out = [('layer', s.site.name.removesuffix('.weight')), ('weights', f"{' × '.join(map(str, s.site.shape))} = {n:,}"),
            ('asked', f'{s.sparsity:.2%} zeros'.replace('%', ' %')), ('achieved', f'{zeros / n:.2%} = {zeros:,}'.replace('%', ' %'))]
     if s.other is not None:
@@ -427,6 +447,7 @@ def facts(desk: Desk, s: Scene) -> list[tuple[str, str]]:
                 ('Jaccard', f"{o['jaccard']:.3f}"), ('differ', f"{o['differ']:.2%} of weights".replace('%', ' %'))]
     return out
 
+# %% ../../nbs/api/81_masks.ipynb #d4a38ab1
 def label_of(desk: Desk, first: bool) -> str:
     "What a mask is called in a comparison."
     st = desk.board.settings
@@ -434,7 +455,7 @@ def label_of(desk: Desk, first: bool) -> str:
     p = st['pattern'] if first or st['against_pattern'] == 'same' else st['against_pattern']
     return (st['criterion'] if first else st['against']) + ('' if st['against_pattern'] == 'same' else f', {p}')
 
-# %% ../../nbs/api/81_masks.ipynb #ba43c4fc
+# %% ../../nbs/api/81_masks.ipynb #ff6dfc86
 @cache
 def canvas_class() -> type:
     "The canvas."
@@ -447,6 +468,7 @@ def canvas_class() -> type:
         mode, dark = T.Unicode('mask').tag(sync=True), T.Bool(False).tag(sync=True)
     return MaskCanvas
 
+# %% ../../nbs/api/81_masks.ipynb #46504f32
 @cache
 def layers_class() -> type:
     "The tree of layers."
@@ -459,7 +481,7 @@ def layers_class() -> type:
         wrong = T.Bool(False).tag(sync=True)
     return LayerTree
 
-# %% ../../nbs/api/81_masks.ipynb #8c414c8b
+# %% ../../nbs/api/81_masks.ipynb #7cb987ea
 def answer(desk: Desk, canvas: Any, question: dict[str, Any]) -> None:
     "Send what the page asks for; a question about a layer that is gone from the screen has no answer."
     s, kind = desk.scene, question['kind']
@@ -475,7 +497,7 @@ def answer(desk: Desk, canvas: Any, question: dict[str, Any]) -> None:
         parts = [s.planes[n].x[r, c].float().cpu().contiguous() for n in ('weight', 'score')]
         canvas.send(dict(kind='values', row=question['row'], col=question['col'], rows=parts[0].size(0), cols=parts[0].size(1)), buffers=[t.numpy().tobytes() for t in parts])
 
-# %% ../../nbs/api/81_masks.ipynb #f2b9f5bc
+# %% ../../nbs/api/81_masks.ipynb #f37e7d2a
 def refresh(desk: Desk, canvas: Any, tree: Any) -> None:
     "Work the scene out anew and tell the page."
     began = time.perf_counter()
@@ -495,7 +517,7 @@ def refresh(desk: Desk, canvas: Any, tree: Any) -> None:
     desk.seconds['all'] = time.perf_counter() - began
     measure(desk, tree)
 
-# %% ../../nbs/api/81_masks.ipynb #9e90916f
+# %% ../../nbs/api/81_masks.ipynb #58f43ef8
 def measure(desk: Desk, tree: Any) -> None:
     "Count the zeros of every layer in the background; the bars fill in."
     st, ss = desk.board.settings, desk.sites
@@ -517,9 +539,10 @@ def measure(desk: Desk, tree: Any) -> None:
     job = Job(work, len(ss) - 1, seen, every=.2)        # waits, for the slider may not be at rest yet
     launch(desk, 'bars', job)
 
-# %% ../../nbs/api/81_masks.ipynb #835b249e
+# %% ../../nbs/api/81_masks.ipynb #1131f445
 PATTERNS = ('unstructured', 'per_row', '2:4', '1:4', '4:8', '2:4:out', 'block8', 'block16', 'row', 'col')
 
+# %% ../../nbs/api/81_masks.ipynb #56fa384f
 def controls(desk: Desk) -> list[Any]: # two rows of ipywidgets, the tree and the canvas
     "What can be chosen."
     import ipywidgets as W
@@ -539,7 +562,7 @@ def controls(desk: Desk) -> list[Any]: # two rows of ipywidgets, the tree and th
         more += [W.HBox([play, step])]
     return [W.HBox(first).add_class('sw-row'), W.HBox(more).add_class('sw-row')]
 
-# %% ../../nbs/api/81_masks.ipynb #fbcb60d3
+# %% ../../nbs/api/81_masks.ipynb #5b747be1
 def picker(desk: Desk) -> Any: # LayerTree
     "The layers, their filter and the live count."
     board, tree = desk.board, layers_class()()
@@ -561,7 +584,7 @@ def picker(desk: Desk) -> Any: # LayerTree
     board.closing(lambda: board._settings.update(filter=tree.query))
     return tree
 
-# %% ../../nbs/api/81_masks.ipynb #0e830dfc
+# %% ../../nbs/api/81_masks.ipynb #d75624e9
 def build(board: Dashboard) -> Any: # ipywidgets box
     "The live form."
     import ipywidgets as W
@@ -591,7 +614,7 @@ def build(board: Dashboard) -> Any: # ipywidgets box
     guarded(board, update)()
     return W.VBox([*rows, W.HBox([tree, canvas]).add_class('sw-explorer')])
 
-# %% ../../nbs/api/81_masks.ipynb #f1341f7a
+# %% ../../nbs/api/81_masks.ipynb #a8e0c782
 def heat(fig: Any, cell: Any, s: Scene, mode: str, c: Mapping[str, Any]) -> None:
     "One plane with margins, at the level that fits a figure."
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -622,7 +645,7 @@ def heat(fig: Any, cell: Any, s: Scene, mode: str, c: Mapping[str, Any]) -> None
         m.set(**{'ylim' if along == 'x' else 'xlim': (0, 1)})
         if along == 'x': m.set_title(f'{mode}; margins: kept share')
 
-# %% ../../nbs/api/81_masks.ipynb #1694fcc0
+# %% ../../nbs/api/81_masks.ipynb #bd236676
 def counts(ax: Any, s: Scene, c: Mapping[str, Any]) -> None:
     "Histogram of what competes, with the cut."
     h = s.histogram()
@@ -635,6 +658,7 @@ def counts(ax: Any, s: Scene, c: Mapping[str, Any]) -> None:
     ax.set_yscale('function', functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     ax.legend()
 
+# %% ../../nbs/api/81_masks.ipynb #1b9a6192
 def layer_bars(ax: Any, rows: Sequence[tuple[str, float, float]], now: str, c: Mapping[str, Any]) -> None:
     "Zeros of every layer, asked (mark) and achieved (bar)."
     at = np.arange(len(rows))
@@ -643,7 +667,7 @@ def layer_bars(ax: Any, rows: Sequence[tuple[str, float, float]], now: str, c: M
     ax.set(ylim=(0, 1.14), xlim=(-.7, len(rows) - .3), ylabel='zeros (fraction)', xlabel='layer, from first to last', title='all layers', yticks=[0, .25, .5, .75, 1])
     ax.legend(loc='upper right', ncols=2)
 
-# %% ../../nbs/api/81_masks.ipynb #83e5b251
+# %% ../../nbs/api/81_masks.ipynb #15c8ecaa
 def twin_figure(desk: Desk) -> Any: # matplotlib figure
     "Everything that the explorer shows, as one figure."
     from matplotlib.figure import Figure
@@ -656,6 +680,7 @@ def twin_figure(desk: Desk) -> Any: # matplotlib figure
     layer_bars(fig.add_subplot(low[1:]), table(desk), st['layer'], c)
     return fig
 
+# %% ../../nbs/api/81_masks.ipynb #17ab37ad
 def table(desk: Desk) -> list[tuple[str, float, float]]: # name, asked, achieved
     "Every layer, counted on its mask; of a large model only the present layer."
     st, s = desk.board.settings, desk.shown()
@@ -666,7 +691,7 @@ def table(desk: Desk) -> list[tuple[str, float, float]]: # name, asked, achieved
     if sum(x.numel for x in ss) > LARGE: return [(s.site.name, s.sparsity, 1 - int(torch.count_nonzero(s.mask)) / s.mask.numel())]
     return list(achieved(ss, desk.board.of('scores')[st['criterion']], read_pattern(st['pattern']), asked_of(desk, st['criterion'], st['pattern'])))
 
-# %% ../../nbs/api/81_masks.ipynb #8bee2cb7
+# %% ../../nbs/api/81_masks.ipynb #cb4fb2b5
 def twin(board: Dashboard) -> str: # HTML
     "The static form: what was chosen, the numbers, the figure."
     desk = board.parts.get('desk') or Desk(board)
@@ -680,7 +705,7 @@ def twin(board: Dashboard) -> str: # HTML
         key = ' '.join(f'<span style="display:inline-block;width:.8em;height:.8em;background:{c};border:1px solid #999"></span> {html.escape(t)}' for c, t in marks)
     return f'<p><small>{html.escape(" · ".join(words))}</small></p>{picture}<p><small>{key}</small></p>'
 
-# %% ../../nbs/api/81_masks.ipynb #c4581c8c
+# %% ../../nbs/api/81_masks.ipynb #b3c5f97a
 def mask_explorer(model: Any, # a module or its sites, or several by name; weights are only read. Sites bring their statistics along
                   scores: Mapping[str, Score] | None = None, # criteria; all of magnitude, wanda, ria, random whose statistics are there when left out
                   patterns: Sequence[str] = PATTERNS, # as `pattern` reads them
