@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from common import collect, header, median_seconds, parser
 
-from sparse_workbench.kernels.linear import KERNELS, Kernel, Packed, choose, pack, unpack
+from sparse_workbench.kernels.block import few_kernel
+from sparse_workbench.kernels.linear import Kernel, Packed, choose, pack, unpack
 
 if torch.cuda.is_available(): import sparse_workbench.kernels.hopper  # noqa: F401  registers the kernels, and those of Triton
 
@@ -44,9 +45,9 @@ def packed(sparsity: float, block: tuple[int, int], shape: tuple[int, int], devi
 
 
 def ours(values: torch.Tensor, tokens: int) -> list[Kernel]:
-    "The kernel of the table for this weight; with few tokens the general one too, when another is chosen."
-    first = choose('block', values, tokens)
-    return [first, *(k for k in KERNELS if tokens <= 64 and k.name == 'block triton' and first.device == k.device and first is not k)]
+    "The kernel of the table for this weight, and the one for few tokens where it takes them."
+    few = few_kernel.device == values.device.type and values.dtype in few_kernel.dtypes and tokens <= few_kernel.most and few_kernel.takes(values)
+    return [choose('block', values, tokens), *[few_kernel] * few]
 
 
 def products(p: Packed, x: torch.Tensor, dy: torch.Tensor, backward: bool) -> dict[str, dict[str, Callable]]:

@@ -96,6 +96,17 @@ def test_two_thousand_runs_are_quick(many, opened):
     assert len(json.dumps(table.view)) < 60_000                               # one page is all that a browser gets
 
 
+def test_an_error_stays_until_it_is_mended(tmp_path, opened):
+    fill(tmp_path, 3)
+    board = opened(tmp_path)
+    board.controls['where'].value = 'powr > 1'
+    assert 'did you mean power?' in board.error
+    board.guard(lambda: B.reread(board), clears=False)()                      # as the board looks into its store, every two seconds
+    assert 'did you mean power?' in board.error and 'did you mean power?' in board.live.children[-1].value
+    board.controls['where'].value = 'power > 1'
+    assert board.error is None and board.live.children[-1].value == ''
+
+
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     fill(tmp_path, 12)
     board, read = lab_board(tmp_path), []

@@ -221,4 +221,3 @@ def few_takes(values: Tensor) -> bool:
     return fits and trusted('block few tokens', values, few_agrees)
 
 few_kernel = Kernel('block few tokens', 'block', few_forward, block_grad_x, block_grad_values, 'cuda', (torch.float16, torch.bfloat16), most=64, takes=few_takes)
-register(few_kernel)

@@ -120,7 +120,7 @@ class Dashboard:
     def on(self, widget: Any, f: Callable, names: str = 'value') -> Any: return on(self, widget, f, names) # the widget; f(change) is guarded
     def click(self, button: Any, f: Callable) -> Any: return click(self, button, f) # the button; f() is guarded
     def closing(self, f: Callable[[], Any]) -> None: self._closers.append(f) # have f() called when it closes
-    def guard(self, f: Callable) -> Callable: return guarded(self, f) # f, whose errors appear in the dashboard
+    def guard(self, f: Callable, clears: bool = True) -> Callable: return guarded(self, f, clears) # f, whose errors appear in the dashboard
     def widget(self) -> Any: return opened(self) # the live form; the same one until it is closed
     def static(self) -> str: return self._static(self) # HTML that needs no kernel
     def close(self) -> None: close(self) # frees what the live form and the dashboard hold
@@ -150,14 +150,16 @@ def fail(board: Dashboard, error: BaseException) -> None:
     if board.live is not None: board.live.children[-1].value = f'<div class="sw-error" role="alert">{html.escape(board.error)}</div>'
 
 # %% ../../nbs/api/80_base.ipynb #2dffe196
-def guarded(board: Dashboard, f: Callable) -> Callable:
-    "The same callback; what it raises is shown, and its next success takes that away."
+def guarded(board: Dashboard, f: Callable, clears: bool = True) -> Callable:
+    "The same callback; what it raises is shown until a later one that clears succeeds: a person's next try, not what a thread brings."
     @wraps(f)
     def call(*args, **kw):
+        before = board.error
         try: out = f(*args, **kw)
         except Exception as e: return fail(board, e)
-        if board.error is not None and board.live is not None: board.live.children[-1].value = ''
-        board.error = None
+        if clears and before is not None and board.error is before: # another thread may have failed meanwhile
+            board.error = None
+            if board.live is not None: board.live.children[-1].value = ''
         return out
     return call
 
@@ -260,7 +262,7 @@ def picture(board: Dashboard, draw: Callable[[], Any], # makes a matplotlib figu
         image.width, image.value = str(round(figure.get_figwidth() * 96)), png(figure, 150)
     for c in controls: board.on(c, redraw)
     board.on(board.theme, redraw, 'dark')
-    image.redraw = guarded(board, redraw)
+    image.redraw = guarded(board, redraw, clears=False)
     image.redraw()
     return image
 
@@ -433,7 +435,7 @@ def follow(board: Dashboard, job: Job, show: Callable[[Job], None]) -> Job: # it
     def after(f: Callable) -> Callable:
         def call(x: Any) -> None:
             if board.live is None or board.job is not job: return
-            guarded(board, f)(x)
+            guarded(board, f, clears=False)(x)
             show(job)
         return call
     job.seen, job.ended = after(job.seen), after(job.ended)

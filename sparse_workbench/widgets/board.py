@@ -523,10 +523,12 @@ def view_of(board: LabBoard) -> dict[str, Any]:
 # %% ../../nbs/api/84_board.ipynb #c8c20cd9
 def show(board: LabBoard, chart: bool = True) -> None:
     "Draw the table anew, and the chart."
-    t, s, view = board.parts['table'], board.state, view_of(board)
-    with board.shelf.lock, t.hold_sync(): t.view, t.page, t.sort, t.picked, t.current = view, s.page, [s.sort, s.down], list(s.picked), s.current
-    board.parts['title'].value = title_html(board)
-    if chart: board.parts['drawn'].value = f'<span class="sw-help">{drawn_text(board)}</span>'; board.parts['chart'].redraw()
+    t, s = board.parts['table'], board.state
+    with board.shelf.lock:                      # of two threads, the later draws what holds for both
+        view = view_of(board)
+        with t.hold_sync(): t.view, t.page, t.sort, t.picked, t.current = view, s.page, [s.sort, s.down], list(s.picked), s.current
+        board.parts['title'].value = title_html(board)
+        if chart: board.parts['drawn'].value = f'<span class="sw-help">{drawn_text(board)}</span>'; board.parts['chart'].redraw()
 
 # %% ../../nbs/api/84_board.ipynb #5d681068
 def drawn_text(board: LabBoard) -> str:
@@ -559,7 +561,7 @@ def watch(board: LabBoard, work: Callable[[], Iterator], # what to wait for: yie
           ended: Callable[[], Any] = lambda: None) -> Job:
     "Follow something as long as the board is open."
     live = board.live
-    def safe(f: Callable) -> Callable: return lambda *a: board.guard(f)(*a) if board.live is live else None
+    def safe(f: Callable) -> Callable: return lambda *a: board.guard(f, clears=False)(*a) if board.live is live else None
     def over(job: Job) -> None:
         if job.error is not None: raise job.error
         ended()

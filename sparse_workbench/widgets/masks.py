@@ -363,7 +363,7 @@ def launch(desk: Desk, name: str, job: Job) -> None:
     seen, ended = job.seen, job.ended
     def now(f: Callable) -> Callable:
         def call(x: Any) -> None:
-            if desk.jobs.get(name) is job and desk.board.live is not None: guarded(desk.board, f)(x)
+            if desk.jobs.get(name) is job and desk.board.live is not None: guarded(desk.board, f, clears=False)(x)
         return call
     job.seen, job.ended = now(seen), now(ended)
     desk.jobs[name] = job
