@@ -62,6 +62,16 @@ def browser() -> Iterator[Any]:
         b.close()
 
 
+@pytest.fixture(scope='session')
+def slowness() -> Callable[[], float]:
+    "How many times slower this machine is just now than two quiet cores, on which a fresh process imports torch in 1.5 s."
+    def measured() -> float:
+        began = time.monotonic()
+        subprocess.run([sys.executable, '-c', 'import torch'], check=True)
+        return max(1., (time.monotonic() - began) / 1.5)
+    return measured
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -168,13 +168,14 @@ def test_an_error_is_shown(nb):
     nb.page.locator('.sw-error').wait_for(state='detached')
 
 
-def test_slider_to_mask_on_the_page(nb):
+def test_slider_to_mask_on_the_page(nb, slowness):
     "From the key to the picture, best of several."
     nb.page.locator(f'.sw-item[data-name="{LAYER}"]').click()
     nb.until("part('desk').scene.shape", [640, 256])
     drawn(nb)
     best = min(to_picture(nb, 'ArrowLeft') for _ in range(10))
-    assert best <= 150, f'{best:.0f} ms from the key to the new mask'
+    print(f'slider to mask: {best:.0f} ms')
+    assert best <= 150 * slowness(), f'{best:.0f} ms from the key to the new mask'
 
 
 def to_picture(nb, key: str) -> float:
@@ -194,7 +195,7 @@ PAN = '''(seconds) => new Promise(done => { const c = document.querySelector('.s
   step() })'''
 
 
-def test_a_matrix_of_45_million(lab):
+def test_a_matrix_of_45_million(lab, slowness):
     "Pans at 20 frames a second or more; slider to mask within a second."
     nb = lab.open('''import torch
 from sparse_workbench.widgets.masks import mask_explorer
@@ -217,7 +218,7 @@ part = lambda name: explorer.parts[name]''', 'explorer', run=True)
         drawn(nb)
         nb.shot('masks-45-million', '.sw-dashboard')
         best = min(to_picture(nb, 'ArrowLeft') for _ in range(6))
-        assert best <= 1000, f'{best:.0f} ms from the key to the new mask'
+        assert best <= 1000 * slowness(), f'{best:.0f} ms from the key to the new mask'
         print(f'frames/s: {[round(r["rate"]) for r in rates]}, ms a frame: {[round(r["ms"], 1) for r in rates]}, slider to mask: {best:.0f} ms')
     finally: nb.close()
 
