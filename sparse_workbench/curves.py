@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEEPER', 'PALETTE', 'GRID', 'used_points', 'hinges', 'Knee', 'find_knee', 'resample', 'Curve', 'within', 'says',
            'frame', 'draw', 'interpolate', 'plot', 'png', 'curve_html', 'restored', 'points', 'digest', 'stored',
-           'sweep_points', 'essential_sparsity', 'Sensitivity', 'sensitivity']
+           'table', 'sweep_points', 'essential_sparsity', 'Sensitivity', 'sensitivity']
 
 # %% ../nbs/api/61_curves.ipynb #a637fba5
 import hashlib
@@ -243,6 +243,12 @@ def stored(cache: str | Path | None, key: str, make: Callable[[], list[Tensor]])
     return out
 
 # %% ../nbs/api/61_curves.ipynb #48ea2390
+def table(u: Tensor) -> Tensor: # (units, 2): a sum and a count for each
+    "What an evaluation gave; plain numbers count once each. ValueError for any other shape."
+    if u.ndim > 2 or u.ndim == 2 and u.size(1) != 2: raise ValueError(f"an evaluation gave {tuple(u.shape)}: give one number for each unit, or (units, 2) with a sum and a count")
+    return u if u.ndim == 2 else torch.stack([u.reshape(-1), torch.ones(u.numel(), dtype=torch.double)], 1)
+
+# %% ../nbs/api/61_curves.ipynb #8d47c078
 def sweep_points(model: nn.Module, ss: Sequence[Site], evaluate: Callable[[nn.Module], Tensor], pts: Sequence[tuple[float, Pattern]],
                  score: Score, how: Allocate, progress: bool | None, label: str) -> list[Tensor]: # [achieved (points,), units (points, units, 2)]
     "Prune at each point from the dense weights and measure."
@@ -254,12 +260,11 @@ def sweep_points(model: nn.Module, ss: Sequence[Site], evaluate: Callable[[nn.Mo
             for site in ss: site.sparsity = ratios[site.name]
             zeros = prune_sites(ss, score, p, getattr(ratios, 'cuts', {}))
             achieved.append(sum(zeros.values()) / sum(site.numel for site in ss))
-            u = torch.as_tensor(evaluate(model), dtype=torch.double)
-            units.append(u if u.ndim == 2 else torch.stack([u.reshape(-1), torch.ones(u.numel(), dtype=torch.double)], 1))
+            units.append(table(torch.as_tensor(evaluate(model), dtype=torch.double)))
             back()
     return [torch.tensor(achieved, dtype=torch.double), torch.stack(units)]
 
-# %% ../nbs/api/61_curves.ipynb #a07c8351
+# %% ../nbs/api/61_curves.ipynb #794595d4
 def essential_sparsity(model: nn.Module, # its weights are put back exactly
                        evaluate: Evaluate | Callable[[nn.Module], Any], # or a function of the model: a number, or one for each unit
                        sparsities: Sequence[float] | None = None, # 0 to 0.95 in steps of 0.05 when left out
@@ -285,7 +290,7 @@ def essential_sparsity(model: nn.Module, # its weights are put back exactly
     return Curve(label or ', '.join(x for x, plain in zip(names, ('', 'unstructured()', 'uniform')) if x != plain), achieved.tolist(), units, *((e.metric, e.unit, e.higher, e.shown, e.quality) if e else ('metric', '', False, None, None)),
                  n_boot=n_boot, seed=seed, note=', '.join(names) + note)
 
-# %% ../nbs/api/61_curves.ipynb #a11616a9
+# %% ../nbs/api/61_curves.ipynb #d2a21fac
 @dataclass
 class Sensitivity:
     "Rise of the loss when one site alone is pruned: (sites, sparsities)."
@@ -307,7 +312,7 @@ class Sensitivity:
         ax.figure.colorbar(im, label=f'rise of the loss ({self.unit})')
         return ax
 
-# %% ../nbs/api/61_curves.ipynb #de338a25
+# %% ../nbs/api/61_curves.ipynb #b3964792
 def sensitivity(model: nn.Module, evaluate: Evaluate, sparsities: Sequence[float] = (.5, .7, .9), *, score: Score = magnitude,
                 pattern: Pattern | str = unstructured(), calibration: Any = None, include: Any = None, ignore: Any = None,
                 progress: bool | None = None) -> Sensitivity:
