@@ -75,7 +75,7 @@ def cycles() -> None:
         copy = weakref.ref(board.study.bench.copy)
         board.close()
         return copy
-    for _ in range(20): once()                        # caches fill and the allocator settles
+    for _ in range(50): once()                        # caches fill and the allocator settles
     gc.collect()
     widgets, memory = len(W.widgets.widget._instances), resident()
     copies = [once() for _ in range(50)]

@@ -167,7 +167,7 @@ def cycles() -> None:
         board.controls['measure'].value = 'flips' if board.settings['measure'] != 'flips' else 'explored'
         if i % 5 == 0: board.static()
         board.close()
-    for i in range(20): cycle(i)                      # caches fill and the allocator settles
+    for i in range(50): cycle(i)                      # caches fill and the allocator settles
     gc.collect()
     before, widgets = psutil.Process().memory_info().rss, len(W.widget._instances)
     for i in range(50): cycle(i)
