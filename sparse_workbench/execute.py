@@ -459,6 +459,7 @@ def run(notebook: str | Path, # name of an experiment, or path of a notebook
 # %% ../nbs/api/71_execute.ipynb #cb135825
 def answer_job() -> None:
     "What the process of a job does: a question from its standard input, the reply into a file."
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job inherits that it is ignored
     asked = json.loads(sys.stdin.readline())
     def ended():
         while os.read(0, 4096): pass

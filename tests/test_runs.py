@@ -525,9 +525,15 @@ def test_stopped_job_leaves_nothing(gated):
     job.stop()                                     # of a stopped one nothing happens
 
 
-def test_job_ends_with_whoever_asked(gated):
+def deaf() -> None:
+    "As a shell starts what it runs in the background."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize('start', [None, deaf])
+def test_job_ends_with_whoever_asked(gated, start):
     body = "import time\nfrom sparse_workbench.execute import Job\njob = Job('gate', dict(x=2))\nprint(job.process.pid, flush=True)\ntime.sleep(120)"
-    asker = subprocess.Popen([sys.executable, '-c', body], env=ENV, stdout=subprocess.PIPE, text=True)
+    asker = subprocess.Popen([sys.executable, '-c', body], env=ENV, stdout=subprocess.PIPE, text=True, preexec_fn=start)
     pid = int(asker.stdout.readline())
     until(Path('began-2').exists)
     asker.kill()
