@@ -151,19 +151,18 @@ class Plane:
 # %% ../../nbs/api/81_masks.ipynb #77891d27
 class Scene:
     "One weight, its scores, its mask, and perhaps another mask to compare with."
-    def __init__(self, site: Site, ranked: Ranked, mask: Tensor, other: Tensor | None = None,
+    def __init__(self, site: Site, ranked: Ranked, mask: Tensor, other: Tensor | None = None, kept: Tensor | None = None, # as `show` takes them
                  sparsity: float = 0.): # asked fraction of zeros
         self.site, self.ranked, self.layout = site, ranked, ranked.pattern.layout
         layout = self.layout
         self.planes = dict(weight=Plane(unfolded(site.weight, layout), Tensor.abs), score=Plane(unfolded(ranked.scores, layout)))
-        self.show(mask, other, sparsity=sparsity)
+        self.show(mask, other, kept, sparsity)
     def show(self, mask: Tensor, other: Tensor | None = None, kept: Tensor | None = None, # the first mask, folded, where it is known
              sparsity: float = 0.) -> None: # other masks of the same weight
         self.kept, self.sparsity = kept, sparsity
         self.mask: Tensor = unfolded(mask.cpu(), self.layout)
         self.other = None if other is None else unfolded(other.cpu(), self.layout)
-        self.planes['mask'] = Plane(self.mask)
-        for n, x in differing(self.mask, self.other): self.planes[n] = Plane(x)
+        self.planes = {n: self.planes[n] for n in ('weight', 'score')} | {n: Plane(x) for n, x in (('mask', self.mask), *differing(self.mask, self.other))}
     @property
     def shape(self) -> tuple[int, int]: return self.mask.size(0), self.mask.size(1)
     @cached_property
@@ -407,8 +406,8 @@ def look(desk: Desk) -> Scene:
     r = ranked(desk, site, named, st['pattern'])
     mask, kept, share = mask_of(desk, site, st['criterion'], st['pattern'], st['step'])
     other = second(desk, site)
-    if desk.scene is None or desk.scene.ranked is not r: desk.scene = Scene(site, r, mask, other)
-    desk.scene.show(mask, other, kept, share)
+    if desk.scene is None or desk.scene.ranked is not r: desk.scene = Scene(site, r, mask, other, kept, share)
+    else: desk.scene.show(mask, other, kept, share)
     return desk.scene
 
 # %% ../../nbs/api/81_masks.ipynb #bb886360
@@ -419,7 +418,7 @@ def structure(s: Scene) -> dict[str, Any]:
     among = 'in the matrix' if len(s.ranked.folded) == 1 else 'in its group' if p.fixed else 'in its row' if p.group[0] == 1 else 'in its group'
     return dict(rows=rows, cols=cols, inner=inner, group=[g.gr * g.r, g.gc * g.c] if p.fixed else None, tile=[g.r, g.c] if 1 < g.r * g.c else None,
                 among=among if g.r * g.c == 1 else f'tiles {among}', across='input (column)' if inner == cols else f'kernel position · input, {inner} columns each',
-                levels=max(s.planes['weight'].levels, 0))
+                levels=s.planes['weight'].levels)
 
 # %% ../../nbs/api/81_masks.ipynb #f890e2b5
 def tints() -> dict[str, dict[str, str]]: # by theme
