@@ -6,6 +6,7 @@ Experiments run with fast parameters elsewhere: they are parameterised, and a wh
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ NBS = [p.relative_to(ROOT) for p in sorted(map(Path, nbglob(ROOT / 'nbs'))) if '
 
 @pytest.fixture
 def restored():
-    "What a notebook may leave behind in this process is put back: folder, import path, torch's defaults, open figures."
+    "What a notebook may leave behind in this process is put back: folder, environment, import path, filters of warnings, torch's defaults, figures."
     import torch
-    folder, path, dtype, threads = Path.cwd(), sys.path[:], torch.get_default_dtype(), torch.get_num_threads()
-    yield
+    folder, env, path, dtype, threads = Path.cwd(), dict(os.environ), sys.path[:], torch.get_default_dtype(), torch.get_num_threads()
+    with warnings.catch_warnings(): yield
     os.chdir(folder)
+    for name in os.environ.keys() - env.keys(): del os.environ[name]
+    os.environ.update(env)
     sys.path[:] = path
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
