@@ -17,21 +17,20 @@ from sparsifier import MODELS, TINY, Trainer, block, dense, sr_ste_2_4
 from torch import Tensor, nn
 
 from sparse_workbench.core import Site, sites
+from sparse_workbench.kernels.semi_structured import algorithm
 from sparse_workbench.patterns import nm
 from sparse_workbench.zoo import Llama, LlamaConfig
 
 WIDE = LlamaConfig(8192, 4096, 11008, 3, 32, 32, 128, max_position_embeddings=1024)
 CASES = {'125M': MODELS['125M'], 'wide, 3 layers': (WIDE, 8, 1024), 'wide, 3 layers, 32 sequences': (WIDE, 32, 1024)}
-ALGORITHMS: dict[tuple, int] = {}
 
 
 @torch.library.custom_op('sparse_workbench_benchmarks::linear_2_4', mutates_args=())
 def linear_2_4(x: Tensor, w: Tensor) -> Tensor: # (tokens, in), (out, in) with 2:4 zeros -> (tokens, out), column by column in memory
     "Pack the weight and multiply."
     if not x.is_cuda: return F.linear(x, w).t().contiguous().t()
-    packed, key = torch._cslt_compress(w), (*w.shape, len(x))
-    if key not in ALGORITHMS: ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(packed, x.t()))
-    return torch._cslt_sparse_mm(packed, x.t(), alg_id=ALGORITHMS[key]).t()
+    packed = torch._cslt_compress(w)
+    return torch._cslt_sparse_mm(packed, x.t(), alg_id=algorithm(packed, x.t(), (w.size(0), w.size(1)))).t()
 
 
 @linear_2_4.register_fake

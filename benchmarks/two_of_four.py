@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from common import collect, header, median_seconds, parser
 
 from sparse_workbench.kernels.linear import sparse_linear, unpack
-from sparse_workbench.kernels.semi_structured import converted, prune_pack
+from sparse_workbench.kernels.semi_structured import algorithm, converted, prune_pack
 
 SHAPES, TOKENS = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)), (16, 256, 512, 1024, 2048, 4096, 16384)
 
@@ -31,10 +31,10 @@ def product(shape: tuple[int, int], tokens: int) -> dict:
     w = unpack(p)
     right, got = F.linear(x, w).float(), sparse_linear(x, p).float()
     ok = bool((right - got).abs().max() <= 2**-6 * right.abs().max())
-    kept, xt = converted(p.values, p.index, p.shape), x.t()
-    algorithm = kept[tokens + -tokens % 16]
+    weight, xt = converted(p.values, p.index, p.shape)['weight'], x.t()
+    found = algorithm(weight, xt, p.shape)
     subclass = to_sparse_semi_structured(w)
-    times = dict(raw=median_seconds([lambda: torch._cslt_sparse_mm(kept['weight'], xt, alg_id=algorithm)], 'cuda'), dense=median_seconds([lambda: F.linear(x, w)], 'cuda'),
+    times = dict(raw=median_seconds([lambda: torch._cslt_sparse_mm(weight, xt, alg_id=found)], 'cuda'), dense=median_seconds([lambda: F.linear(x, w)], 'cuda'),
                  ours=median_seconds([lambda: sparse_linear(x, p)], 'cuda'))
     calls = dict(ours=eager(lambda: sparse_linear(x, p)), subclass=eager(lambda: F.linear(x, subclass)), dense=eager(lambda: F.linear(x, w)))
     return dict(what='product', shape='x'.join(map(str, shape)), tokens=tokens, right=ok, **{f'{k} us': v * 1e6 for k, v in times.items()}, **{f'{k} us, eager': v * 1e6 for k, v in calls.items()},

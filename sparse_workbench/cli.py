@@ -132,13 +132,13 @@ def list_command(args: argparse.Namespace) -> None:
             if args.notebook: raise
             print(f'sparse-workbench: {e}', file=sys.stderr)
 
-# %% ../nbs/api/72_cli.ipynb #e01d5fe4
+# %% ../nbs/api/72_cli.ipynb #545fb800
 def run_command(args: argparse.Namespace) -> None:
     "Answers a question."
     params = read_params(args.notebook, args.param)
     print(answer_text(run(args.notebook, store=args.store, force=args.force, progress=not args.quiet, **params)))
 
-# %% ../nbs/api/72_cli.ipynb #545fb800
+# %% ../nbs/api/72_cli.ipynb #f57acb72
 def result_row(r: Run) -> dict[str, Any]:
     "What was asked and what came out, short."
     when = dict(id=r.id, started=r.environment['started'][:16], seconds=r.environment['seconds'])
@@ -146,7 +146,7 @@ def result_row(r: Run) -> dict[str, Any]:
     row |= {f'result.{k}' if k in row else k: v for k, v in r.scalars.items()}
     return {k: cell_text(v) if isinstance(v, list) else v for k, v in row.items()}
 
-# %% ../nbs/api/72_cli.ipynb #f57acb72
+# %% ../nbs/api/72_cli.ipynb #934d511d
 def results_command(args: argparse.Namespace) -> None:
     "The table of a store."
     if args.csv: sys.stdout.write(results(args.store).to_csv(index=False)); return
@@ -155,7 +155,7 @@ def results_command(args: argparse.Namespace) -> None:
         print(f"{name}\n{text_table([result_row(r) for r in runs if r.name == name])}\n")
     print(f"{len(runs)} finished, {len(failed(args.store))} failed in {shown(Path(args.store).absolute())}", file=sys.stderr)
 
-# %% ../nbs/api/72_cli.ipynb #9d41f82a
+# %% ../nbs/api/72_cli.ipynb #86ba2467
 def sweep_text(s: Sweep) -> str:
     "One line on how far a sweep is."
     n, c = len(s.points), s.counts
@@ -163,7 +163,7 @@ def sweep_text(s: Sweep) -> str:
     words = dict(running='working', stored='from the store', failed='failed', stopped='stopped')
     return f"{ended} of {n} runs" + ''.join(f', {c[k]} {w}' for k, w in words.items() if c.get(k))
 
-# %% ../nbs/api/72_cli.ipynb #e078c90c
+# %% ../nbs/api/72_cli.ipynb #48738a7f
 def follow(s: Sweep, quiet: bool = False) -> None:
     "Shows how a sweep goes until it ends; Ctrl-C cancels it."
     last, ends = '', '\r' if sys.stderr.isatty() else '\n'
@@ -179,13 +179,15 @@ def follow(s: Sweep, quiet: bool = False) -> None:
         s.cancel()
         raise
 
-# %% ../nbs/api/72_cli.ipynb #9f872e3d
+# %% ../nbs/api/72_cli.ipynb #a26b0269
 def sweep_command(args: argparse.Namespace) -> int:
     "Answers a grid of questions."
     kinds = {p.name: p.kind for p in parameters(find(args.notebook)).values()}
-    texts = {name: text for name, _, text in (g.partition('=') for g in args.grid)}
-    if bad := [g for g in args.grid if '=' not in g]: raise UsageError(f'-g takes name=value,value,…, not {bad[0]!r}')
-    grid = {name: read_values(text, kinds.get(name, 'Any')) for name, text in texts.items()}
+    grid: dict[str, list] = {}
+    for name, equals, text in (g.partition('=') for g in args.grid):
+        if not equals: raise UsageError(f'-g takes name=value,value,…, not {name!r}')
+        if name in grid: raise UsageError(f'`{name}` is given twice: write -g {args.grid[list(grid).index(name)]},{text}')
+        grid[name] = read_values(text, kinds.get(name, 'Any'))
     fixed = read_params(args.notebook, args.param)
     s = sweep(args.notebook, grid, fixed, args.store, workers=args.workers, scheduler=args.scheduler, force=args.force)
     follow(s, args.quiet)
@@ -194,12 +196,12 @@ def sweep_command(args: argparse.Namespace) -> int:
         if p.error: say(f"{', '.join(f'{k}={v!r}' for k, v in p.asked.items())}: {p.error}")
     return int(any(p.status == 'failed' for p in s.points))
 
-# %% ../nbs/api/72_cli.ipynb #cca7a83b
+# %% ../nbs/api/72_cli.ipynb #74a8b06d
 class OneLine(argparse.ArgumentParser):
     "A parser that complains in one line."
     def error(self, message): raise UsageError(f'{message}; see {self.prog} --help')
 
-# %% ../nbs/api/72_cli.ipynb #3dd23a3a
+# %% ../nbs/api/72_cli.ipynb #c5892334
 def add_answering(c: argparse.ArgumentParser) -> None:
     "The options that `run` and `sweep` share."
     c.add_argument('--force', action='store_true', help='run again and replace the stored answers')
@@ -217,7 +219,7 @@ def add_sweep(sub) -> None:
     c.add_argument('--scheduler', metavar='WHERE', help="'dask' for a Dask cluster of this machine, or a scheduler's address; processes here when left out")
     c.set_defaults(command=sweep_command)
 
-# %% ../nbs/api/72_cli.ipynb #a26b0269
+# %% ../nbs/api/72_cli.ipynb #4b379eee
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     p = OneLine(prog='sparse-workbench', description='Run sparsity experiments and read their results.')
@@ -238,12 +240,12 @@ def parser() -> argparse.ArgumentParser:
     c.set_defaults(command=results_command)
     return p
 
-# %% ../nbs/api/72_cli.ipynb #74a8b06d
+# %% ../nbs/api/72_cli.ipynb #071302da
 def say(message) -> None:
     "A line on standard error."
     print(f'sparse-workbench: {message}', file=sys.stderr)
 
-# %% ../nbs/api/72_cli.ipynb #c5892334
+# %% ../nbs/api/72_cli.ipynb #137b3def
 def main(argv: Sequence[str] | None = None # arguments; None: of the command line
          ) -> int: # exit status
     "The command `sparse-workbench`."

@@ -62,7 +62,7 @@ class Knee(NamedTuple):
 
 STEEPER = 4.0
 
-# %% ../nbs/api/61_curves.ipynb #368f45eb
+# %% ../nbs/api/61_curves.ipynb #f38e592d
 def find_knee(x: Tensor, # (points,) sparsities
               fall: Tensor, # (points,) quality lost
               replicates: Tensor, # (points, n) the same from resampled units
@@ -81,14 +81,14 @@ def find_knee(x: Tensor, # (points,) sparsities
     ks = k[1:][bent[1:]] if len(k) > 1 else k
     return Knee(float(k[0]), float(ks.quantile(.025)), float(ks.quantile(.975)), float(after[0] / before[0]) if before[0] > 0 else math.inf), ''
 
-# %% ../nbs/api/61_curves.ipynb #5bbbf366
+# %% ../nbs/api/61_curves.ipynb #f5517f33
 def resample(units: Tensor, # (points, units, 2)
              n: int, seed: int = 0) -> Tensor: # (points, n) the metric on units drawn with replacement
     "Paired bootstrap: one draw of units for all points."
     draw = torch.randint(units.size(1), (n, units.size(1)), generator=torch.Generator().manual_seed(seed))
     return units[:, draw, 0].sum(2) / units[:, draw, 1].sum(2)
 
-# %% ../nbs/api/61_curves.ipynb #d01389de
+# %% ../nbs/api/61_curves.ipynb #dc59a96a
 @dataclass
 class Curve:
     "Quality against sparsity: `.frame()`, `.knee`, `.within(tol)`, `.plot()`."
@@ -120,7 +120,7 @@ class Curve:
     def __repr__(self): return f"Curve({self.label}, {len(self.sparsities)} points, {says(self)})"
     def _repr_html_(self): return curve_html(self)
 
-# %% ../nbs/api/61_curves.ipynb #cbab708a
+# %% ../nbs/api/61_curves.ipynb #223d100a
 def within(c: Curve, tol: float = .01) -> float: # sparsity
     "Largest sparsity up to which the shown metric stays within `tol`, relatively, of the dense model; linear between points."
     y = [c.shown[1](v) for v in c.values.tolist()] if c.shown else c.values.tolist()
@@ -131,13 +131,13 @@ def within(c: Curve, tol: float = .01) -> float: # sparsity
             return a + (b - a) * (tol - worse[i - 1]) / (worse[i] - worse[i - 1]) if math.isfinite(worse[i]) else a
     return c.sparsities[-1]
 
-# %% ../nbs/api/61_curves.ipynb #29d696c1
+# %% ../nbs/api/61_curves.ipynb #a6b10830
 def says(c: Curve) -> str:
     "The answer in one sentence."
     k = c.knee
     return f"knee at {k.value:.1%} (95 % interval {k.low:.1%} to {k.high:.1%}), {k.ratio:.0f} times steeper past it" if k else f"no knee: {c.fit[1]}"
 
-# %% ../nbs/api/61_curves.ipynb #b3d0fce0
+# %% ../nbs/api/61_curves.ipynb #b54312c2
 def frame(c: Curve):
     "A DataFrame: sparsity, metric, 95 % band, and the metric as people read it."
     import pandas as pd
@@ -145,7 +145,7 @@ def frame(c: Curve):
     d = pd.DataFrame({'sparsity': c.sparsities, c.metric: c.values.tolist(), 'low': band[0].tolist(), 'high': band[1].tolist()})
     return d if c.shown is None else d.assign(**{c.shown[0]: [c.shown[1](v) for v in c.values.tolist()]})
 
-# %% ../nbs/api/61_curves.ipynb #a09fbed7
+# %% ../nbs/api/61_curves.ipynb #3c556ba3
 PALETTE = ('#1f4e79', '#d1711c', '#3a7d44', '#8a4f9e', '#b22222', '#5a5a5a')
 
 def draw(ax, c: Curve, f: Callable[[float], float], color: str, **style) -> None:
@@ -162,7 +162,7 @@ def interpolate(x: float, xs: Sequence[float], ys: Tensor) -> float:
     i = min(max(1, next((i for i, v in enumerate(xs) if v >= x), len(xs) - 1)), len(xs) - 1)
     return float(ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1]))
 
-# %% ../nbs/api/61_curves.ipynb #3c556ba3
+# %% ../nbs/api/61_curves.ipynb #068f94be
 def plot(curves: Sequence[Curve], # of one metric
          ax=None, # matplotlib axes; a new figure when left out
          **style): # axes
@@ -181,7 +181,7 @@ def plot(curves: Sequence[Curve], # of one metric
     ax.legend(frameon=False, fontsize=9)
     return ax
 
-# %% ../nbs/api/61_curves.ipynb #d611cbfe
+# %% ../nbs/api/61_curves.ipynb #7ecf0248
 def png(ax) -> bytes:
     "The figure of these axes as a PNG file."
     import io
@@ -194,7 +194,7 @@ def curve_html(c: Curve) -> str:
     import base64
     return f'<p>{c.label}: {says(c)}</p><img alt="{c.label}" src="data:image/png;base64,{base64.b64encode(png(plot([c]))).decode()}">'
 
-# %% ../nbs/api/61_curves.ipynb #3147c9e5
+# %% ../nbs/api/61_curves.ipynb #61cb5ce5
 GRID = tuple(i / 20 for i in range(20))     # 0, 0.05, … 0.95
 
 @contextmanager
@@ -207,7 +207,7 @@ def restored(ss: Iterable[Site]) -> Iterator[Callable[[], None]]: # a function t
     try: yield back
     finally: back()
 
-# %% ../nbs/api/61_curves.ipynb #61cb5ce5
+# %% ../nbs/api/61_curves.ipynb #b8a3512e
 def points(sparsities: Sequence[float] | None, p: Pattern | str | Sequence[Pattern | str]) -> list[tuple[float, Pattern]]:
     "What to measure: sparsities of one pattern, or a list of patterns that bring their own, after the dense model."
     if isinstance(p, (Pattern, str)):
@@ -218,7 +218,7 @@ def points(sparsities: Sequence[float] | None, p: Pattern | str | Sequence[Patte
     ps = sorted((read_pattern(x) for x in p), key=lambda x: asked(x, None))
     return [(0., ps[0]), *((asked(x, None), x) for x in ps if asked(x, None) > 0)]
 
-# %% ../nbs/api/61_curves.ipynb #c8333773
+# %% ../nbs/api/61_curves.ipynb #8a733fbc
 def digest(*parts: Any) -> str:
     "Hash of tensors, text and functions (by their source)."
     import inspect
@@ -229,7 +229,7 @@ def digest(*parts: Any) -> str:
         else: h.update(repr(x).encode())
     return h.hexdigest()
 
-# %% ../nbs/api/61_curves.ipynb #2ae5e563
+# %% ../nbs/api/61_curves.ipynb #48ea2390
 def stored(cache: str | Path | None, key: str, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     "The units from the cache, or made and stored; a file is written whole or not at all."
     file = None if cache is None else Path(cache) / f'curve-{key}.json'
@@ -242,13 +242,13 @@ def stored(cache: str | Path | None, key: str, make: Callable[[], list[Tensor]])
         tmp.replace(file)
     return out
 
-# %% ../nbs/api/61_curves.ipynb #48ea2390
+# %% ../nbs/api/61_curves.ipynb #8d47c078
 def table(u: Tensor) -> Tensor: # (units, 2): a sum and a count for each
     "What an evaluation gave; plain numbers count once each. ValueError for any other shape."
     if u.ndim > 2 or u.ndim == 2 and u.size(1) != 2: raise ValueError(f"an evaluation gave {tuple(u.shape)}: give one number for each unit, or (units, 2) with a sum and a count")
     return u if u.ndim == 2 else torch.stack([u.reshape(-1), torch.ones(u.numel(), dtype=torch.double)], 1)
 
-# %% ../nbs/api/61_curves.ipynb #8d47c078
+# %% ../nbs/api/61_curves.ipynb #819dc8fd
 def sweep_points(model: nn.Module, ss: Sequence[Site], evaluate: Callable[[nn.Module], Tensor], pts: Sequence[tuple[float, Pattern]],
                  score: Score, how: Allocate, progress: bool | None, label: str) -> list[Tensor]: # [achieved (points,), units (points, units, 2)]
     "Prune at each point from the dense weights and measure."
@@ -264,7 +264,7 @@ def sweep_points(model: nn.Module, ss: Sequence[Site], evaluate: Callable[[nn.Mo
             back()
     return [torch.tensor(achieved, dtype=torch.double), torch.stack(units)]
 
-# %% ../nbs/api/61_curves.ipynb #794595d4
+# %% ../nbs/api/61_curves.ipynb #3799a2a6
 def essential_sparsity(model: nn.Module, # its weights are put back exactly
                        evaluate: Evaluate | Callable[[nn.Module], Any], # or a function of the model: a number, or one for each unit
                        sparsities: Sequence[float] | None = None, # 0 to 0.95 in steps of 0.05 when left out
@@ -290,7 +290,7 @@ def essential_sparsity(model: nn.Module, # its weights are put back exactly
     return Curve(label or ', '.join(x for x, plain in zip(names, ('', 'unstructured()', 'uniform')) if x != plain), achieved.tolist(), units, *((e.metric, e.unit, e.higher, e.shown, e.quality) if e else ('metric', '', False, None, None)),
                  n_boot=n_boot, seed=seed, note=', '.join(names) + note)
 
-# %% ../nbs/api/61_curves.ipynb #d2a21fac
+# %% ../nbs/api/61_curves.ipynb #7ce1b19f
 @dataclass
 class Sensitivity:
     "Rise of the loss when one site alone is pruned: (sites, sparsities)."
@@ -312,7 +312,7 @@ class Sensitivity:
         ax.figure.colorbar(im, label=f'rise of the loss ({self.unit})')
         return ax
 
-# %% ../nbs/api/61_curves.ipynb #b3964792
+# %% ../nbs/api/61_curves.ipynb #2367dea7
 def sensitivity(model: nn.Module, evaluate: Evaluate, sparsities: Sequence[float] = (.5, .7, .9), *, score: Score = magnitude,
                 pattern: Pattern | str = unstructured(), calibration: Any = None, include: Any = None, ignore: Any = None,
                 progress: bool | None = None) -> Sensitivity:

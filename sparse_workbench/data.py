@@ -67,7 +67,7 @@ def load_idx(path: str | Path # an IDX file of unsigned bytes, plain or .xz
     "One IDX file as a tensor"
     raw = existing(path).read_bytes()
     raw = lzma.decompress(raw) if str(path).endswith('.xz') else raw
-    if len(raw) < 4 or raw[:3] != b'\0\0\x08': raise ValueError(f'{path}: not an IDX file of unsigned bytes')
+    if len(raw) < 4 or raw[:3] != b'\0\0\x08' or len(raw) < 4 + 4*raw[3]: raise ValueError(f'{path}: not an IDX file of unsigned bytes')
     shape = struct.unpack_from(f'>{raw[3]}I', raw, 4)
     data = np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3])
     if data.size != np.prod(shape, dtype=np.int64): raise ValueError(f'{path}: {data.size} bytes do not fill {shape}')
@@ -89,6 +89,7 @@ def load_cifar10(split: str = 'train',          # 'train' (50,000) or 'test' (th
                 ) -> tuple[Tensor, Tensor]:     # images [N,3,32,32] uint8, labels [N] int64
     "CIFAR-10 images and labels; needs Pillow"
     from PIL import Image
+    if split not in ('train', 'test'): raise ValueError(f"split={split!r}: say 'train' or 'test'")
     stem = {'train': 'train', 'test': 'test1k'}[split]
     folder = existing((Path(root) if root else data_dir())/'cifar10')
     labels = torch.from_numpy(np.load(existing(folder/f'{stem}_labels.npy'))).long()
@@ -100,7 +101,7 @@ def load_cifar10(split: str = 'train',          # 'train' (50,000) or 'test' (th
     x = torch.from_numpy(np.concatenate(parts))
     return x, labels[:len(x)]
 
-# %% ../nbs/api/50_data.ipynb #08973ce1
+# %% ../nbs/api/50_data.ipynb #b760c0fd
 CIFAR_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -140,7 +141,7 @@ def python_sources(root: Path # a folder, or a tar archive (.tar, .tar.gz, .tar.
             for member in tar:
                 if member.isfile() and wanted(name := member.name.removeprefix('./')): yield name, tar.extractfile(member).read()
 
-# %% ../nbs/api/50_data.ipynb #13ba72ec
+# %% ../nbs/api/50_data.ipynb #37384e63
 def python_corpus(root: str | Path | None = None # a folder or tar archive of .py files; None is this Python's standard library
                  ) -> list[tuple[str, str]]:     # (relative name, text), sorted by name
     "Readable Python files: UTF-8, 64 to 400,000 characters, no tables of numbers, no copies up to white space"
@@ -154,12 +155,12 @@ def python_corpus(root: str | Path | None = None # a folder or tar archive of .p
         kept.append((name, text))
     return kept
 
-# %% ../nbs/api/50_data.ipynb #d6ab802a
+# %% ../nbs/api/50_data.ipynb #d9b374e9
 def name_hash(name: str) -> str:
     "sha256 of a file's name, in hex"
     return hashlib.sha256(name.encode()).hexdigest()
 
-# %% ../nbs/api/50_data.ipynb #01c0fc9c
+# %% ../nbs/api/50_data.ipynb #ccc49295
 def split_by_file(files: list[tuple[str, str]], # (name, text), as from `python_corpus`
                   held_out: float = 0.03        # share of the files, by sha256 of the name
                  ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]: # train in given order, held out in order of the hash

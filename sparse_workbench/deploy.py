@@ -71,7 +71,7 @@ def check_batch(model: nn.Module, batch: Any) -> None:
     for t in found:
         if at and t.device not in at: raise ValueError(f"the example input is on {t.device} and the model on {', '.join(map(str, at))}: move one of them with .to()")
 
-# %% ../nbs/api/43_deploy.ipynb #f27ec1e8
+# %% ../nbs/api/43_deploy.ipynb #7e2def49
 def watch(model: nn.Module, sites: Sequence[Site], batch: Any) -> list[Layer]: # those that the batch reaches
     "Run the model once and note what arrives at every linear layer; one real input of each size is kept."
     layers, shared, hooks = [Layer(s) for s in sites], {}, []  # type: ignore[var-annotated]
@@ -89,14 +89,14 @@ def watch(model: nn.Module, sites: Sequence[Site], batch: Any) -> list[Layer]: #
         for h in hooks: h.remove()
     return [l for l in layers if sum(n * k for n, k in l.calls.items())]
 
-# %% ../nbs/api/43_deploy.ipynb #7484d3e9
+# %% ../nbs/api/43_deploy.ipynb #eace1c49
 def cache_bytes(device: torch.device) -> int:
     "The largest cache of the device."
     if device.type == 'cuda': return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [p.read_text().strip() for p in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size')]
     return max((int(s[:-1]) * {'K': 2**10, 'M': 2**20}[s[-1]] for s in sizes if s[-1:] in ('K', 'M')), default=2**26)
 
-# %% ../nbs/api/43_deploy.ipynb #afb36b4f
+# %% ../nbs/api/43_deploy.ipynb #ac964cba
 def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     "The same work as one CUDA graph."
     recorded = torch.cuda.CUDAGraph()
@@ -104,7 +104,7 @@ def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None
     with torch.cuda.device(device), torch.cuda.graph(recorded): run()
     return recorded.replay
 
-# %% ../nbs/api/43_deploy.ipynb #99d260ec
+# %% ../nbs/api/43_deploy.ipynb #8f85013b
 def wall_seconds(run: Callable[[], None]) -> float:
     "By the clock of the machine."
     start = time.perf_counter()
@@ -121,7 +121,7 @@ def device_seconds(run: Callable[[], None], device: torch.device) -> float:
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 
-# %% ../nbs/api/43_deploy.ipynb #ac964cba
+# %% ../nbs/api/43_deploy.ipynb #f16f33cf
 def stopwatch(calls: Sequence[Callable[[], Any]], device: torch.device, graph: bool = False) -> Callable[[], float]:
     "A function that makes all calls and returns the mean seconds of one; they have been made once already."
     def run() -> None:
@@ -131,7 +131,7 @@ def stopwatch(calls: Sequence[Callable[[], Any]], device: torch.device, graph: b
     clock = partial(device_seconds, run, device) if device.type == 'cuda' else partial(wall_seconds, run)
     return lambda: clock() / len(calls)
 
-# %% ../nbs/api/43_deploy.ipynb #8f85013b
+# %% ../nbs/api/43_deploy.ipynb #ac0b56c7
 ROUNDS, HOPELESS = (7, 50), 2.  # rounds of a race, at least and at most; so many times slower than the first after two rounds is out
 
 def race(ways: dict[str, list[Callable[[], Any]]], # calls that do the same on different copies; the first way is the one to beat
@@ -149,7 +149,7 @@ def race(ways: dict[str, list[Callable[[], Any]]], # calls that do the same on d
             if i < 2 or min(times[name]) <= HOPELESS * best: times[name].append(clock())
     return {name: sorted(t)[len(t) // 4] for name, t in times.items()}
 
-# %% ../nbs/api/43_deploy.ipynb #ff185774
+# %% ../nbs/api/43_deploy.ipynb #399ab596
 SIDES, MOST, HARDLY, TWICE = (1, 4, 8, 16, 32, 64, 128, 256), .95, 1.02, 2.  # sides of blocks; the largest stored fraction; about as full; hopelessly fuller
 
 @dataclass(frozen=True)
@@ -162,19 +162,19 @@ class Candidate:
 
     def __str__(self): return self.kernel + (f' {self.block[0]}×{self.block[1]}' if self.block else '')
 
-# %% ../nbs/api/43_deploy.ipynb #780c2599
+# %% ../nbs/api/43_deploy.ipynb #c6c762a6
 def kernel_for(format: str, values: Tensor, tokens: Sequence[int]) -> str: # '' when there is none but the reference
     "The kernels that multiply in this format at these numbers of rows."
     try: found = [choose(format, values, n) for n in tokens]
     except LookupError: return ''
     return '' if any(k.device is None for k in found) else ' / '.join(dict.fromkeys(k.name for k in found))
 
-# %% ../nbs/api/43_deploy.ipynb #c41d2a69
+# %% ../nbs/api/43_deploy.ipynb #f3888ac9
 def filled(kept: Tensor, r: int, c: int) -> float: # kept: bool (out, in), which r and c divide
     "The fraction of r × c blocks that hold any weight."
     return kept.view(kept.size(0) // r, r, kept.size(1) // c, c).any(3).any(1).float().mean().item()
 
-# %% ../nbs/api/43_deploy.ipynb #c6c762a6
+# %% ../nbs/api/43_deploy.ipynb #e918f348
 def blocks(kept: Tensor, values: Tensor, tokens: Sequence[int]) -> Iterator[Candidate]:
     "Block sizes worth a try: none that stores nearly all, or twice what another does, none that a larger one replaces."
     found: list[Candidate] = []
@@ -186,7 +186,7 @@ def blocks(kept: Tensor, values: Tensor, tokens: Sequence[int]) -> Iterator[Cand
         if x.stored <= MOST and not larger: found.append(x)
     yield from (x for x in found if x.stored <= TWICE * min(y.stored for y in found))
 
-# %% ../nbs/api/43_deploy.ipynb #36f21efc
+# %% ../nbs/api/43_deploy.ipynb #1c6729d5
 def candidates(weight: Tensor, # (out, in)
                tokens: Sequence[int], # rows of x that it meets
                ) -> tuple[list[Candidate], str]: # and why there are no others
@@ -204,7 +204,7 @@ def candidates(weight: Tensor, # (out, in)
             else: why.append(f'no kernel multiplies {f!r} on {weight.device.type}')
     return found, '; '.join(why)
 
-# %% ../nbs/api/43_deploy.ipynb #5f26f965
+# %% ../nbs/api/43_deploy.ipynb #27d34249
 ALLOWED = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 1e-4, torch.float64: 1e-10}  # of one layer
 ALLOWED_WHOLE = {torch.float16: .02, torch.bfloat16: .05, torch.float32: 1e-3, torch.float64: 1e-8}  # of a model, in the mean
 
@@ -212,7 +212,7 @@ def packed_layer(layer: Layer, c: Candidate) -> SparseLinear:
     "The layer with its weight packed; bias, mode and what is trained stay."
     return packed_linear(layer.module, c.format, c.block, exact=False)
 
-# %% ../nbs/api/43_deploy.ipynb #c585deda
+# %% ../nbs/api/43_deploy.ipynb #0ddda711
 def difference(got: Tensor, right: Tensor) -> float: # infinite when one is NaN and the other is not
     "The largest difference, as a fraction of the largest value."
     got, right = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (got, right))
@@ -220,7 +220,7 @@ def difference(got: Tensor, right: Tensor) -> float: # infinite when one is NaN 
     scale = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
     return (got - right).nan_to_num(0, 0, 0).abs().max().item() / (scale or 1) if right.numel() else 0.
 
-# %% ../nbs/api/43_deploy.ipynb #48a7a0a5
+# %% ../nbs/api/43_deploy.ipynb #ae31fb93
 def mean_difference(got: Any, right: Any) -> float:
     "The norm of the difference of all floating-point outputs, as a fraction of the norm."
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(tensors(got), tensors(right)) if b.is_floating_point()]
@@ -229,7 +229,7 @@ def mean_difference(got: Any, right: Any) -> float:
     sums = [[t.nan_to_num(0, 0, 0).square().sum().item() for t in (a - b, b)] for a, b in pairs]
     return math.sqrt(sum(s[0] for s in sums) / (sum(s[1] for s in sums) or 1))
 
-# %% ../nbs/api/43_deploy.ipynb #16f01d50
+# %% ../nbs/api/43_deploy.ipynb #d20514ec
 TIE = 1.02
 
 def copies(layer: Layer, make: Callable[[], nn.Module], model_bytes: int) -> list[nn.Module]:
@@ -238,7 +238,7 @@ def copies(layer: Layer, make: Callable[[], nn.Module], model_bytes: int) -> lis
     n = math.ceil(min(model_bytes, 2 * cache_bytes(w.device)) / max(1, w.nbytes))
     return [make() for _ in range(max(1, min(8, n)))]
 
-# %% ../nbs/api/43_deploy.ipynb #02757fc3
+# %% ../nbs/api/43_deploy.ipynb #7125895a
 def timed(layer: Layer, found: Sequence[Candidate], model_bytes: int, seconds: float, graph: bool) -> list[float]: # dense, then the candidates
     "Seconds that a batch spends in the layer, by the dense one and by every candidate."
     ways = {'dense': copies(layer, lambda: copy.deepcopy(layer.module), model_bytes)}
@@ -254,13 +254,13 @@ def warm(layer: Layer, found: Sequence[Candidate]) -> None:
     for c in found:
         for x in layer.inputs.values(): packed_layer(layer, c)(x)
 
-# %% ../nbs/api/43_deploy.ipynb #036537f1
+# %% ../nbs/api/43_deploy.ipynb #aca8b70f
 def best(found: Sequence[Candidate], times: Sequence[float]) -> int: # index in `found`
     "The fastest candidate; of those about as fast, the one that stores least."
     near = [i for i, t in enumerate(times) if t <= TIE * min(times)]
     return min(near, key=lambda i: (found[i].stored, str(found[i])))
 
-# %% ../nbs/api/43_deploy.ipynb #3a99a5c0
+# %% ../nbs/api/43_deploy.ipynb #8012c70b
 def measure(layers: Sequence[Layer], model_bytes: int, budget: float, graph: bool) -> dict[str, tuple[list[Candidate], list[float], str]]:
     "By layer: its candidates, seconds of the dense layer and of each candidate (none when the budget was spent), why there are no more."
     groups: dict[tuple, list[tuple[Layer, list[Candidate], str]]] = {}
@@ -271,21 +271,21 @@ def measure(layers: Sequence[Layer], model_bytes: int, budget: float, graph: boo
     for g in groups.values(): warm(*g[0][:2])
     work = lambda g: -len(g) * g[0][0].site.numel * sum(n * k for n, k in g[0][0].calls.items())
     end, results = time.monotonic() + budget, {}
-    todo = sorted(groups.values(), key=work)
-    for i, g in enumerate(todo):
+    heaviest = sorted(groups.values(), key=work)
+    for i, g in enumerate(heaviest):
         left, (first, found, _) = end - time.monotonic(), g[0]
-        times = timed(first, found, model_bytes, left / (len(todo) - i), graph) if left > 0 or not i else []
+        times = timed(first, found, model_bytes, left / (len(heaviest) - i), graph) if left > 0 or not i else []
         for l, own_, why in g: results[l.site.name] = own_, times, why
     return results
 
-# %% ../nbs/api/43_deploy.ipynb #038ff98d
+# %% ../nbs/api/43_deploy.ipynb #59ca02f5
 def dense_row(s: Site, tokens: int, **known) -> dict[str, Any]:
     "One row of the report, of a layer that stays as it is."
     w = s.weight
     return dict(name=s.name, shape=tuple(w.shape), tokens=tokens, sparsity=1 - torch.count_nonzero(w).item() / max(1, w.numel()), kernel='dense',
                 dense_ms=None, sparse_ms=None, faster=None, dense_bytes=w.nbytes, bytes=w.nbytes, error=None, reason='') | known
 
-# %% ../nbs/api/43_deploy.ipynb #aca8b70f
+# %% ../nbs/api/43_deploy.ipynb #5200c968
 def settle(layer: Layer, found: Sequence[Candidate], times: Sequence[float], why: str, gain: float) -> tuple[dict[str, Any], SparseLinear | None]:
     "One row of the report, and the layer to put in, if any."
     w, n = layer.site.weight, sum(n * k for n, k in layer.calls.items())
@@ -301,7 +301,7 @@ def settle(layer: Layer, found: Sequence[Candidate], times: Sequence[float], why
     if error > ALLOWED[w.dtype]: return row | dict(error=error, reason=f'{found[i]} is wrong by {error:.1g}, and {ALLOWED[w.dtype]:.1g} is allowed'), None
     return row | dict(kernel=str(found[i]), bytes=new.packed.nbytes, error=error), new
 
-# %% ../nbs/api/43_deploy.ipynb #2dfe9c24
+# %% ../nbs/api/43_deploy.ipynb #5cfc7567
 COLUMNS = ('name', 'shape', 'tokens', 'zeros', 'kernel', 'dense', 'sparse', 'faster', 'bytes', 'error', 'reason')
 
 def cells(r: dict[str, Any]) -> tuple[str, ...]:
@@ -310,13 +310,13 @@ def cells(r: dict[str, Any]) -> tuple[str, ...]:
     return (r['name'], '×'.join(map(str, r['shape'])), str(r['tokens']), f"{r['sparsity']:.1%}", r['kernel'], ms(r['dense_ms']), ms(r['sparse_ms']),
             '' if r['faster'] is None else f"{r['faster']:.2f}x", f"{r['bytes'] / max(1, r['dense_bytes']):.1%}", '' if r['error'] is None else f"{r['error']:.1g}", r['reason'])
 
-# %% ../nbs/api/43_deploy.ipynb #25a0366a
+# %% ../nbs/api/43_deploy.ipynb #9a70ae3f
 def folded(rows: list, most: int = 40) -> list[tuple[str, ...]]:
     "The rows as text; of many, the first and the last."
     body = [cells(r) for r in rows]
     return body if len(body) <= most else body[:most // 2] + [(f'… {len(body) - most} more', *[''] * (len(COLUMNS) - 1))] + body[-most // 2:]
 
-# %% ../nbs/api/43_deploy.ipynb #5200c968
+# %% ../nbs/api/43_deploy.ipynb #bd45798a
 @dataclass
 class Deployment:
     "What `export` did: one row for each layer, `.whole` for the model, a table in notebooks, `.to_frame()`."
@@ -347,20 +347,20 @@ class Deployment:
         rows = ''.join('<tr>' + ''.join(f'<td>{escape(x)}</td>' for x in line) + '</tr>' for line in folded(self.rows))
         return f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in COLUMNS)}</tr></thead><tbody>{rows}</tbody></table><p>{escape(self.note)}</p>"
 
-# %% ../nbs/api/43_deploy.ipynb #5cfc7567
+# %% ../nbs/api/43_deploy.ipynb #1be8a349
 def items(batch: Any) -> tuple[int, str]:
     "What a batch counts: tokens when its first tensor holds integers, else samples."
     t = next(tensors(batch))
     return (t.numel(), 'tokens') if not t.is_floating_point() else (t.size(0) if t.ndim else 1, 'samples')
 
-# %% ../nbs/api/43_deploy.ipynb #4fbae6ea
+# %% ../nbs/api/43_deploy.ipynb #546e07bd
 def timed_model(model: nn.Module, batch: Any, seconds: float) -> tuple[float, Any]: # seconds of a batch, and the output
     "Run the whole model as its caller does."
     with torch.no_grad(), evaluating(model):
         out, device = call(model, batch), next(tensors(batch)).device
         return race({'model': [lambda: call(model, batch)]}, device, seconds)['model'], out
 
-# %% ../nbs/api/43_deploy.ipynb #4ed73e78
+# %% ../nbs/api/43_deploy.ipynb #335f99a3
 def swapped(model: nn.Module, batch: Any, new: list[tuple[Site, SparseLinear]], seconds: float, allowed: float | None) -> tuple[nn.Module, dict[str, Any]]:
     "Put layers in, time and compare the whole model; any error puts the old ones back."
     (before, right), inner, out = timed_model(model, batch, seconds / 2), unwrapped(model), model
@@ -381,7 +381,7 @@ def swapped(model: nn.Module, batch: Any, new: list[tuple[Site, SparseLinear]], 
     n, unit = items(batch)
     return out, dict(before=before, after=after, items=n, unit=unit, error=error, allowed=allowed)
 
-# %% ../nbs/api/43_deploy.ipynb #6d481c23
+# %% ../nbs/api/43_deploy.ipynb #94fa9878
 def worth(model: nn.Module, sites: Sites | Sequence[Site] | None, batch: Any) -> tuple[list[Layer], dict[str, str]]: # layers; why others stay
     "The linear layers of a model that a batch reaches and that can be exchanged. ValueError when there are none."
     inner = unwrapped(model)
@@ -394,7 +394,7 @@ def worth(model: nn.Module, sites: Sites | Sequence[Site] | None, batch: Any) ->
     left |= {s.name: 'not reached by the example input' for s in ss if s.name not in {*left, *(l.site.name for l in layers)}}
     return layers, left
 
-# %% ../nbs/api/43_deploy.ipynb #1be8a349
+# %% ../nbs/api/43_deploy.ipynb #143dca06
 def export(model: nn.Module, # pruned; its layers are exchanged in place
            example_input: Any, # a batch as the model will get it: a tensor, a tuple of arguments, or a dict of keywords
            budget: float = 30., # seconds to spend on measuring; layers beyond stay dense
@@ -418,7 +418,7 @@ def export(model: nn.Module, # pruned; its layers are exchanged in place
     out, whole = swapped(model, example_input, new, .3 * budget, tolerance)
     return out, Deployment(rows, whole)
 
-# %% ../nbs/api/43_deploy.ipynb #6f6f0b8a
+# %% ../nbs/api/43_deploy.ipynb #c9fa84ec
 def machine(device: torch.device, dtype: torch.dtype, seconds: float = 1.) -> tuple[float, float]:
     "Operations per second of a large dense product, bytes per second of a large copy."
     n = 8192 if device.type == 'cuda' else 768
@@ -430,12 +430,12 @@ def machine(device: torch.device, dtype: torch.dtype, seconds: float = 1.) -> tu
     copied = race({'copy': [partial(target.copy_, s) for s in source]}, device, seconds)['copy']
     return 2 * n**3 / product_, 2 * target.nbytes / copied
 
-# %% ../nbs/api/43_deploy.ipynb #468d03fd
+# %% ../nbs/api/43_deploy.ipynb #eb0cf597
 def limit(p: Packed, tokens: int, rate: float, speed: float) -> float:
     "Seconds that the stored work and the bytes that must move take at least."
     return max(2 * tokens * p.values.numel() / rate, (p.nbytes + tokens * sum(p.shape) * p.dtype.itemsize) / speed)
 
-# %% ../nbs/api/43_deploy.ipynb #935555f3
+# %% ../nbs/api/43_deploy.ipynb #404edcef
 def would(layer: Layer, p: Pattern, sparsity: float) -> Layer:
     "The layer with random zeros of a pattern; the model's own is not touched."
     w, g = layer.site.weight, torch.Generator(layer.site.weight.device).manual_seed(0)
@@ -444,7 +444,7 @@ def would(layer: Layer, p: Pattern, sparsity: float) -> Layer:
     with torch.no_grad(): m.weight.copy_(torch.randn(w.shape, generator=g, device=w.device).where(mask, 0))
     return Layer(Site(layer.site.name, m), layer.calls, layer.inputs)
 
-# %% ../nbs/api/43_deploy.ipynb #b6c6f56b
+# %% ../nbs/api/43_deploy.ipynb #211ef944
 def break_even(points: Sequence[tuple[float, float]]) -> float | None: # (sparsity, times faster), None when it is always slower
     "The sparsity from which a pattern is faster, between the measured points on a straight line through the logarithms."
     points = sorted(points)
@@ -454,7 +454,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float | None: # (sparsi
     (s0, f0), (s1, f1) = points[after - 1:after + 1]
     return s0 + (s1 - s0) * math.log(1 / f0) / math.log(f1 / f0)
 
-# %% ../nbs/api/43_deploy.ipynb #2a716afe
+# %% ../nbs/api/43_deploy.ipynb #0e7c35a3
 @dataclass
 class Advice:
     "What pruning would bring here: `.rows` by shape, pattern and sparsity, `.model` for the whole model, `.plot()`, `.to_frame()`."
@@ -481,7 +481,7 @@ class Advice:
         "Times faster than dense over sparsity; dashed: what the machine would allow."
         return plot_advice(self, axes)
 
-# %% ../nbs/api/43_deploy.ipynb #a6607674
+# %% ../nbs/api/43_deploy.ipynb #7867a328
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 
 def plot_advice(advice: Advice, axes: Any = None) -> Any: # the axes, one for each shape
@@ -506,7 +506,7 @@ def plot_advice(advice: Advice, axes: Any = None) -> Any: # the axes, one for ea
     axes[0].legend(fontsize=8)
     return axes
 
-# %% ../nbs/api/43_deploy.ipynb #404edcef
+# %% ../nbs/api/43_deploy.ipynb #4172fff3
 def opinion(layer: Layer, count: int, p: Pattern, name: str, sparsity: float, peak: tuple[float, float], size: int, seconds: float, graph: bool) -> dict[str, Any]:
     "One row: the fastest way to run a layer with random zeros of this pattern, beside the dense layer and the machine's limit."
     row: dict[str, Any] = dict(shape=tuple(layer.site.weight.shape), tokens=sum(n * k for n, k in layer.calls.items()), layers=count, pattern=name, sparsity=p.sparsity or sparsity,
@@ -523,7 +523,7 @@ def opinion(layer: Layer, count: int, p: Pattern, name: str, sparsity: float, pe
     t, dense = times[i + 1], times[0]
     return row | dict(kernel=str(found[i]), sparse_ms=t * 1e3, faster=dense / t, at_most=dense / least, of_limit=least / t)
 
-# %% ../nbs/api/43_deploy.ipynb #7d898fcb
+# %% ../nbs/api/43_deploy.ipynb #b2a76bef
 def whole_model(rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
     "The time of a batch when every layer takes its faster way and all else stays, by pattern and sparsity."
     out = []
@@ -535,7 +535,7 @@ def whole_model(rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str
         out.append(dict(pattern=p, sparsity=s, dense_ms=seconds * 1e3, ms=t * 1e3, faster=seconds / t))
     return out
 
-# %% ../nbs/api/43_deploy.ipynb #ce3e1545
+# %% ../nbs/api/43_deploy.ipynb #616ca589
 def advise(model: nn.Module, # not changed
            example_input: Any, # a batch as the model will get it
            patterns: Sequence[Any] = ('2:4', 'block64', 'unstructured'), # anything that sw.pattern reads

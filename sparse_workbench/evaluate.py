@@ -87,7 +87,7 @@ def masked_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     nll = F.cross_entropy(logits.transpose(1, 2), labels, reduction='none', ignore_index=-100)
     return torch.stack([nll.sum(1), (labels != -100).sum(1).to(nll.dtype)], 1)
 
-# %% ../nbs/api/60_evaluate.ipynb #3852d672
+# %% ../nbs/api/60_evaluate.ipynb #9b0f56d5
 def masked_loss(ids: Tensor, # (windows, length)
                 mask_id: int, # the tokenizer's mask token
                 rate: float = .15, seed: int = 0, batch: int = 8) -> Evaluate:
@@ -96,7 +96,7 @@ def masked_loss(ids: Tensor, # (windows, length)
     pairs = zip(ids.masked_fill(hide, mask_id).split(batch), ids.masked_fill(~hide, -100).split(batch))
     return Evaluate(list(pairs), masked_losses, unit='nats/masked token', **as_perplexity())
 
-# %% ../nbs/api/60_evaluate.ipynb #e0840aac
+# %% ../nbs/api/60_evaluate.ipynb #4cfc9987
 def hits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     "(inputs, labels) -> (batch, 2): right or not, and 1."
     x, y = (t.to(next(model.parameters()).device) for t in batch)
@@ -104,7 +104,7 @@ def hits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     right = (getattr(out, 'logits', out).argmax(1) == y).float()
     return torch.stack([right, torch.ones_like(right)], 1)
 
-# %% ../nbs/api/60_evaluate.ipynb #4cfc9987
+# %% ../nbs/api/60_evaluate.ipynb #08db7cd4
 def accuracy(x: Tensor, # inputs
              y: Tensor, # labels
              batch: int = 250) -> Evaluate:
@@ -112,7 +112,7 @@ def accuracy(x: Tensor, # inputs
     if len(x) != len(y): raise ValueError(f"{len(x)} inputs but {len(y)} labels")
     return Evaluate(list(zip(x.split(batch), y.split(batch))), hits, 'accuracy', 'share of inputs', higher=True)
 
-# %% ../nbs/api/60_evaluate.ipynb #946599f3
+# %% ../nbs/api/60_evaluate.ipynb #85484ac6
 def text_parts(text: str, share: float = .8) -> tuple[str, str]: # (to evaluate on, to calibrate on), cut at the end of a line
     "Cut a held-out text in two that share nothing."
     at = text.find('\n', int(share * len(text))) + 1 or len(text)
@@ -125,20 +125,20 @@ def for_text(lm: Pretrained, count: int, window: int, samples: int, batch: int =
     cal = windows(lm.encode(there), window, samples)
     return perplexity(lm, here, window, count, batch), Calibration(list(cal.split(batch)), f'{lm.name} text, last fifth', next_token_loss)
 
-# %% ../nbs/api/60_evaluate.ipynb #8fcf7d71
+# %% ../nbs/api/60_evaluate.ipynb #b0624457
 def for_images(lm: Pretrained, count: int, samples: int) -> tuple[Evaluate, Calibration]:
     "Accuracy on CIFAR-10 test images; training images to calibrate on."
     (x, y), (cx, cy) = cifar('test'), cifar('train')
     step = max(1, len(x) // count)
     pick = slice(None, None, max(1, len(cx) // samples))
-    return accuracy(x[::step], y[::step]), Calibration(list(zip(cx[pick][:samples].split(64), cy[pick][:samples].split(64))), 'CIFAR-10 train', class_loss)
+    return accuracy(x[::step][:count], y[::step][:count]), Calibration(list(zip(cx[pick][:samples].split(64), cy[pick][:samples].split(64))), 'CIFAR-10 train', class_loss)
 
 def cifar(split: str) -> tuple[Tensor, Tensor]:
     "CIFAR-10 images, normalised, (n, 3, 32, 32), and labels."
     x, y = load_cifar10(split)
     return cifar_normalise(x), torch.as_tensor(y).long()
 
-# %% ../nbs/api/60_evaluate.ipynb #b0624457
+# %% ../nbs/api/60_evaluate.ipynb #08cf2572
 def sentence_vectors(model: nn.Module, ids: Tensor, mask: Tensor, batch: int = 64) -> Tensor: # (n, length) twice -> (n, features), each of length 1
     "Mean of the token vectors, normalised."
     out = []
@@ -147,7 +147,7 @@ def sentence_vectors(model: nn.Module, ids: Tensor, mask: Tensor, batch: int = 6
         out.append(F.normalize((states * m[..., None]).sum(1) / m.sum(1, keepdim=True), dim=-1))
     return torch.cat(out)
 
-# %% ../nbs/api/60_evaluate.ipynb #42980322
+# %% ../nbs/api/60_evaluate.ipynb #8f40566e
 def centre_hits(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor: # ids, mask and class of training, then of test sentences -> (test, 2)
     "Is the nearest class centre the right one?"
     ids, mask, y, test, test_mask, test_y = (t.to(next(model.parameters()).device) for t in batch)
@@ -156,21 +156,23 @@ def centre_hits(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor: # ids, m
     right = ((sentence_vectors(model, test, test_mask) @ centres.T).argmax(1) == test_y).float()
     return torch.stack([right, torch.ones_like(right)], 1)
 
-# %% ../nbs/api/60_evaluate.ipynb #cdc1ee97
+# %% ../nbs/api/60_evaluate.ipynb #d96b0880
 def for_sentences(lm: Pretrained, count: int, samples: int) -> tuple[Evaluate, Calibration]:
     "Banking77 intents by nearest centre; training sentences to calibrate on."
     train, test = load_banking77('train'), load_banking77('test')
     names = sorted({c for _, c in train})
     few = [row for c in names for row in [r for r in train if r[1] == c][:5]]
+    centres = set(few)
     some = test[::max(1, len(test) // count)][:count]
     tokens = lambda rows: pad([tokenizer_of(lm).encode(t).ids for t, _ in rows], getattr(lm.model.config, 'pad_token_id', None) or 0)
     classes = lambda rows: torch.tensor([names.index(c) for _, c in rows])
-    ids, mask = tokens(train[3::max(1, len(train) // samples)][:samples])
+    unused = [r for r in train if r not in centres]
+    ids, mask = tokens(unused[::max(1, len(unused) // samples)][:samples])
     cal = [dict(input_ids=i, attention_mask=m) for i, m in zip(ids.split(16), mask.split(16))]
     ev = Evaluate([(*tokens(few), classes(few), *tokens(some), classes(some))], centre_hits, 'accuracy', 'share of sentences', higher=True)
     return ev, Calibration(cal, 'Banking77 train')
 
-# %% ../nbs/api/60_evaluate.ipynb #4f51cf2a
+# %% ../nbs/api/60_evaluate.ipynb #2f4c0454
 def evaluation(lm: Pretrained, # from `zoo.load`
                count: int = 24, # units: windows, images or sentences
                window: int = 256, # tokens in a window of text

@@ -7,12 +7,13 @@ __all__ = ['CHECKED', 'RESERVED', 'STYLE', 'FOLDS', 'POLICY', 'CHILD', 'ENDED', 
            'read_notebook', 'tagged', 'heading', 'spelled', 'fit', 'fit_any', 'Parameter', 'comments', 'assignments',
            'parameters', 'unknown', 'check', 'this_python', 'inject', 'execute', 'body', 'about', 'report', 'RunFailed',
            'shown', 'as_error', 'settle', 'keep_failure', 'complete', 'answer', 'Question', 'question', 'run',
-           'answer_job', 'asking', 'tail', 'Job', 'reply', 'stop', 'working', 'alive', 'done_cells', 'cells_done',
-           'points', 'Point', 'plan', 'Sweep', 'settle_point', 'cancel', 'wait', 'work_here', 'on_processes',
-           'work_there', 'client_of', 'settle_future', 'on_dask', 'sweep']
+           'answer_job', 'asking', 'tail', 'Job', 'reply', 'stop', 'alive', 'working', 'done_cells', 'cells_done',
+           'points', 'Point', 'settle_point', 'plan', 'Sweep', 'cancel', 'wait', 'work_here', 'on_processes',
+           'client_of', 'settle_future', 'work_there', 'on_dask', 'sweep']
 
 # %% ../nbs/api/71_execute.ipynb #e67f3cee
 import ast
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -59,7 +60,7 @@ def experiments(start: str | Path = '.' # where to begin looking
             if path.name[0] not in '._': found.setdefault(path.stem, path)
     return found
 
-# %% ../nbs/api/71_execute.ipynb #4d02211c
+# %% ../nbs/api/71_execute.ipynb #bfe85e00
 def find(notebook: str | Path # name of an experiment, or path of a notebook
          ) -> Path: # the notebook
     "Where the notebook lies; UsageError with the names there are."
@@ -71,7 +72,7 @@ def find(notebook: str | Path # name of an experiment, or path of a notebook
     there = f"There are: {', '.join(known)}" if known else 'No folder nbs/experiments is in sight: give the path of a notebook'
     raise UsageError(f"no experiment {str(notebook)!r}{f'; did you mean {close[0]!r}?' if close else '.'} {there}")
 
-# %% ../nbs/api/71_execute.ipynb #1600a751
+# %% ../nbs/api/71_execute.ipynb #8c869d94
 def read_notebook(path: Path) -> dict:
     "Its JSON, with joined sources; UsageError when it is none."
     try:
@@ -81,7 +82,7 @@ def read_notebook(path: Path) -> dict:
         raise UsageError(f"{path.name} is not a notebook of format 4: {type(e).__name__}: {e}") from e
     return nb
 
-# %% ../nbs/api/71_execute.ipynb #1432ca8f
+# %% ../nbs/api/71_execute.ipynb #a50da18a
 def tagged(nb: dict, tag: str) -> dict | None:
     "The first code cell with this tag."
     return next((c for c in nb['cells'] if c['cell_type'] == 'code' and tag in c['metadata'].get('tags', [])), None)
@@ -92,7 +93,7 @@ def heading(nb: dict) -> tuple[str, str]:
     title, subtitle = re.search(r'^# +(.+)', prose, re.M), re.search(r'^> *(.+)', prose, re.M)
     return title[1].strip() if title else '', subtitle[1].strip() if subtitle else ''
 
-# %% ../nbs/api/71_execute.ipynb #d23728fd
+# %% ../nbs/api/71_execute.ipynb #a62f6a02
 def spelled(kind: str | ast.expr # 'int', 'float | None', 'list[float]', "Literal['a', 'b']", …
             ) -> tuple[str, list[ast.expr]]: # its name in lower case, and what stands in its brackets
     "The outermost part of a type; alternatives are a 'union'."
@@ -104,7 +105,7 @@ def spelled(kind: str | ast.expr # 'int', 'float | None', 'list[float]', "Litera
     parts = [] if inner is None else inner.elts if isinstance(inner, ast.Tuple) else [inner]
     return ('union', [ast.Constant(None), *parts]) if name == 'optional' else (name, parts)
 
-# %% ../nbs/api/71_execute.ipynb #9c12af39
+# %% ../nbs/api/71_execute.ipynb #134c4ed5
 CHECKED = {'literal', 'none', 'bool', 'str', 'int', 'float', 'list', 'tuple', 'sequence', 'dict', 'mapping'}
 
 def fit(value, # parameter value
@@ -121,13 +122,15 @@ def fit(value, # parameter value
         case 'int', int() if number: return value
         case 'float', _ if number and math.isfinite(value): return float(value)
         case 'list' | 'tuple' | 'sequence', list() | tuple() | range():
-            return [fit(v, inner[0] if inner else 'Any') for v in value]
+            pairwise = name == 'tuple' and len(inner) > 1 and ast.unparse(inner[1]) != '...'
+            kinds = inner if pairwise else (inner[:1] or [ast.Name('Any')]) * len(value)
+            return [fit(v, k) for v, k in zip(value, kinds, strict=True)]
         case 'dict' | 'mapping', dict():
             return {str(k): fit(v, inner[1] if inner else 'Any') for k, v in value.items()}
     if name in CHECKED: raise ValueError(f'{value!r} is not {name}')
     return json.loads(json.dumps(value, allow_nan=False))
 
-# %% ../nbs/api/71_execute.ipynb #134c4ed5
+# %% ../nbs/api/71_execute.ipynb #5a0f3623
 def fit_any(value, kinds: list) -> Any:
     "The value as the first of the types that takes it."
     for kind in kinds:
@@ -135,7 +138,7 @@ def fit_any(value, kinds: list) -> Any:
         except (TypeError, ValueError): pass
     raise ValueError
 
-# %% ../nbs/api/71_execute.ipynb #5a0f3623
+# %% ../nbs/api/71_execute.ipynb #66008100
 RESERVED = {'store', 'force', 'progress', 'notebook'}
 
 class Parameter(NamedTuple):
@@ -145,13 +148,13 @@ class Parameter(NamedTuple):
     default: Any
     help: str # its comment
 
-# %% ../nbs/api/71_execute.ipynb #07bb63bb
+# %% ../nbs/api/71_execute.ipynb #bc1eed96
 def comments(text: str) -> dict[int, str]:
     "Line number -> comment."
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return {t.start[0]: t.string.lstrip('# ').strip() for t in tokens if t.type == tokenize.COMMENT}
 
-# %% ../nbs/api/71_execute.ipynb #da0e7e67
+# %% ../nbs/api/71_execute.ipynb #2884d198
 def assignments(path: Path, # the notebook, for messages
                 text: str, # its parameters cell
                 ) -> Iterator[tuple[str, str, Any, str]]: # (name, annotation, default, comment)
@@ -168,7 +171,7 @@ def assignments(path: Path, # the notebook, for messages
             raise UsageError(f"{path.name}: {ast.unparse(node)!r} needs one name and a plain value, like 0.5 or [1, 2]") from e
         yield name, kind, default, notes.get(node.end_lineno or 0, '')
 
-# %% ../nbs/api/71_execute.ipynb #2884d198
+# %% ../nbs/api/71_execute.ipynb #89fd370b
 def parameters(path: Path # notebook
                ) -> dict[str, Parameter]: # by name, without the reserved `out`
     "What the notebook can be asked; UsageError when its parameters cell cannot be used."
@@ -184,7 +187,7 @@ def parameters(path: Path # notebook
     found.pop('out', None)
     return found
 
-# %% ../nbs/api/71_execute.ipynb #0315ec95
+# %% ../nbs/api/71_execute.ipynb #65b5096f
 def unknown(name: str, # of the notebook
             key: str, # a parameter that it does not have
             known: dict[str, Parameter]) -> str:
@@ -193,7 +196,7 @@ def unknown(name: str, # of the notebook
     takes = ', '.join(f'{p.name} ({p.kind})' for p in known.values()) or 'no parameters'
     return f"{name} has no parameter `{key}`{close} It takes {takes}"
 
-# %% ../nbs/api/71_execute.ipynb #c11a21e7
+# %% ../nbs/api/71_execute.ipynb #250b634f
 def check(path: Path, # notebook
           asked: dict, # values by name
           ) -> dict: # every parameter with its value
@@ -209,7 +212,7 @@ def check(path: Path, # notebook
             raise UsageError(f"{name}: {message}") from e
     return values
 
-# %% ../nbs/api/71_execute.ipynb #9da93b59
+# %% ../nbs/api/71_execute.ipynb #35ff93e8
 def this_python(log: Path # what the process itself writes, outside of any cell
                 ) -> type: # a kernel manager class
     "Starts `sys.executable` as the kernel, with this package in its reach."
@@ -222,9 +225,14 @@ def this_python(log: Path # what the process itself writes, outside of any cell
     spec = KernelSpec(argv=argv, name='python3', display_name='Python 3', language='python', env=env)
     async def start_kernel(self, **kwargs):
         with log.open('ab') as f: await AsyncKernelManager.start_kernel(self, **kwargs, stdout=f, stderr=f)
-    return type('ThisPython', (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec), start_kernel=start_kernel))
+    async def shutdown_kernel(self, **kwargs): # an end that was asked for is no death: nobody watches for one any more
+        for task in asyncio.all_tasks():
+            if '_async_poll_kernel_alive' in repr(task.get_coro()): task.cancel()
+        await AsyncKernelManager.shutdown_kernel(self, **kwargs)
+    methods = dict(start_kernel=start_kernel, shutdown_kernel=shutdown_kernel)
+    return type('ThisPython', (AsyncKernelManager,), dict(kernel_spec=property(lambda self: spec), **methods))
 
-# %% ../nbs/api/71_execute.ipynb #7b6e02bb
+# %% ../nbs/api/71_execute.ipynb #65760b9b
 def inject(nb: dict, # notebook JSON
            values: dict, # name -> plain value
            ) -> dict: # the notebook with these values set behind its parameters cell, without old outputs
@@ -238,7 +246,7 @@ def inject(nb: dict, # notebook JSON
     meta = dict(kernelspec=dict(name='python3', language='python', display_name='Python 3'), language_info=dict(name='python'))
     return dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=4)
 
-# %% ../nbs/api/71_execute.ipynb #85fdcfc1
+# %% ../nbs/api/71_execute.ipynb #ba0ee0b5
 def execute(path: Path, # notebook: executed in place, in the current folder
             progress: bool = True, # pass its standard error on
             ) -> None:
@@ -251,7 +259,7 @@ def execute(path: Path, # notebook: executed in place, in the current folder
                                stderr_file=sys.stderr if progress else None, kernel_manager_class=kernel, iopub_timeout=60,
                                coalesce_streams=True)
 
-# %% ../nbs/api/71_execute.ipynb #cb8fa544
+# %% ../nbs/api/71_execute.ipynb #25860d1e
 STYLE = """
 :root { color-scheme: light }
 body { margin: 0; background: #f6f7f9; color: #1f2328 }
@@ -276,7 +284,7 @@ details { margin: .3em 0 } summary { cursor: pointer; font-size: .75rem; letter-
 @media print { body { background: #fff } main { border: 0; margin: 0; max-width: none } details.code { display: none } }
 """
 
-# %% ../nbs/api/71_execute.ipynb #ba0ee0b5
+# %% ../nbs/api/71_execute.ipynb #8371152f
 FOLDS = """{%- extends 'basic/index.html.j2' -%}
 {%- block input_group -%}
 {%- if cell.source.strip() -%}
@@ -289,7 +297,7 @@ FOLDS = """{%- extends 'basic/index.html.j2' -%}
 POLICY = ("default-src 'none'; img-src data:; font-src data:; frame-src data:; "
           "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
 
-# %% ../nbs/api/71_execute.ipynb #f704f01d
+# %% ../nbs/api/71_execute.ipynb #4b1a20ca
 def body(notebook: Path # executed notebook
          ) -> str: # HTML: prose and outputs, code folded, static twins instead of widgets
     "The inside of the page."
@@ -306,7 +314,7 @@ def body(notebook: Path # executed notebook
     exporter.log.setLevel('ERROR')
     return exporter.from_notebook_node(nb)[0]
 
-# %% ../nbs/api/71_execute.ipynb #00cd9a91
+# %% ../nbs/api/71_execute.ipynb #21694119
 def about(run: Run) -> str: # HTML
     "When and where it ran, and all that was asked."
     env = run.environment
@@ -315,7 +323,7 @@ def about(run: Run) -> str: # HTML
     rows = [f'<tr><td>{k}</td><td>{v}</td></tr>' for k, v in values.items()]
     return f"""<div class="about">{escape(f'{run.name}-{run.id} · {date} UTC · {took}')}<table>{''.join(rows)}</table></div>"""
 
-# %% ../nbs/api/71_execute.ipynb #8371152f
+# %% ../nbs/api/71_execute.ipynb #f647e875
 def report(notebook: Path, # executed notebook
            run: Run, # what to say about it
            ) -> str: # one HTML page
@@ -330,7 +338,7 @@ def report(notebook: Path, # executed notebook
 {body(notebook)}</main></body></html>
 """
 
-# %% ../nbs/api/71_execute.ipynb #8b632562
+# %% ../nbs/api/71_execute.ipynb #309b086c
 class RunFailed(RuntimeError):
     "The notebook raised an error; `run` is what is kept of it."
     def __init__(self, run: Run):
@@ -343,7 +351,7 @@ def shown(path: Path) -> str:
     "The path as seen from the current folder, when it lies below."
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
-# %% ../nbs/api/71_execute.ipynb #f80252c7
+# %% ../nbs/api/71_execute.ipynb #52402f33
 def as_error(e: BaseException, # what stopped the run
              log: Path, # what the kernel process wrote outside of any cell
              ) -> dict: # ename, evalue, traceback (lines without colours), cell (execution count)
@@ -354,7 +362,7 @@ def as_error(e: BaseException, # what stopped the run
     lines = re.sub(r'\x1b\[[0-9;]*m', '', lines)
     return dict(ename=name, evalue=value, traceback=lines.splitlines()[-200:], cell=getattr(e, 'exec_count', None))
 
-# %% ../nbs/api/71_execute.ipynb #fcf4f3b1
+# %% ../nbs/api/71_execute.ipynb #0622d8f6
 def settle(folder: Path, # where the run worked
            facts: dict[str, dict], # file stem -> content: params, environment, error
            ) -> None:
@@ -363,7 +371,7 @@ def settle(folder: Path, # where the run worked
     notebook, own = folder/'executed.ipynb', json.dumps(str(folder))[1:-1]
     if notebook.exists(): write_whole(notebook, notebook.read_text(encoding='utf-8').replace(own, '.'))
 
-# %% ../nbs/api/71_execute.ipynb #43f542a6
+# %% ../nbs/api/71_execute.ipynb #65be50b4
 def keep_failure(folder: Path, # where the run worked
                  final: Path, # the name it would have had
                  facts: dict[str, dict], # params and environment
@@ -377,7 +385,7 @@ def keep_failure(folder: Path, # where the run worked
     publish(folder, kept)
     return load(kept)
 
-# %% ../nbs/api/71_execute.ipynb #81a58075
+# %% ../nbs/api/71_execute.ipynb #99659d38
 def complete(folder: Path, # where a notebook went through
              facts: dict[str, dict], # params and environment
              ) -> None:
@@ -390,7 +398,7 @@ def complete(folder: Path, # where a notebook went through
     except Exception as e:
         warnings.warn(f'{done.name}-{done.id} has a result, but no report: {type(e).__name__}: {e}', stacklevel=4)
 
-# %% ../nbs/api/71_execute.ipynb #a47d4f51
+# %% ../nbs/api/71_execute.ipynb #e59cc952
 def answer(nb: dict, # notebook that was asked, without values
            final: Path, # the run's folder when finished
            facts: dict[str, dict], # params, environment (without time)
@@ -413,7 +421,7 @@ def answer(nb: dict, # notebook that was asked, without values
     finally: shutil.rmtree(folder, ignore_errors=True)
     return load(final, cached=not first)
 
-# %% ../nbs/api/71_execute.ipynb #85cd9b95
+# %% ../nbs/api/71_execute.ipynb #16be9d2e
 class Question(NamedTuple):
     "A checked question and the name of its answer."
     path: Path    # the notebook
@@ -426,7 +434,7 @@ class Question(NamedTuple):
     @property
     def name(self) -> str: return self.final.name[:-13]
 
-# %% ../nbs/api/71_execute.ipynb #4f9a78cc
+# %% ../nbs/api/71_execute.ipynb #f5132a10
 def question(notebook: str | Path, # name of an experiment, or path of a notebook
              params: dict, # values by name
              store: str | Path = 'runs', # folder of runs
@@ -439,7 +447,7 @@ def question(notebook: str | Path, # name of an experiment, or path of a noteboo
     cells, data = [c['source'] for c in nb['cells'] if c['cell_type'] == 'code'], data_hashes(values, skip=[store])
     return Question(path, nb, values, data, store/f"{name}-{question_id(cells, values, data, source or digest(package_folder()))}")
 
-# %% ../nbs/api/71_execute.ipynb #e59cc952
+# %% ../nbs/api/71_execute.ipynb #33f78b7e
 def run(notebook: str | Path, # name of an experiment, or path of a notebook
         store: str | Path = 'runs', # folder of runs
         force: bool = False, # run again, and replace the stored answer when complete
@@ -456,7 +464,16 @@ def run(notebook: str | Path, # name of an experiment, or path of a notebook
     facts = environment(q.path.parent, name=q.name, id=q.id, notebook=q.path.name, seed=q.values.get('seed'), data=q.data)
     return answer(q.nb, q.final, dict(params=q.values, environment=facts), progress, replace=force or q.final.exists())
 
-# %% ../nbs/api/71_execute.ipynb #cb135825
+# %% ../nbs/api/71_execute.ipynb #c99267d5
+CHILD = """import sys, types
+package = types.ModuleType('sparse_workbench')
+package.__file__, package.__version__ = sys.argv[1] + '/__init__.py', sys.argv[2]
+package.__path__ = [sys.argv[1]]
+sys.modules['sparse_workbench'] = package
+from sparse_workbench.execute import answer_job
+answer_job()"""
+
+# %% ../nbs/api/71_execute.ipynb #b1aa7401
 def answer_job() -> None:
     "What the process of a job does: a question from its standard input, the reply into a file."
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job inherits that it is ignored
@@ -473,16 +490,7 @@ def answer_job() -> None:
     except Exception as e: reply = dict(status='failed', path='', error=f'{type(e).__name__}: {e}')
     write_whole(asked['reply'], json.dumps(reply))
 
-# %% ../nbs/api/71_execute.ipynb #d226107e
-CHILD = """import sys, types
-package = types.ModuleType('sparse_workbench')
-package.__file__, package.__version__ = sys.argv[1] + '/__init__.py', sys.argv[2]
-package.__path__ = [sys.argv[1]]
-sys.modules['sparse_workbench'] = package
-from sparse_workbench.execute import answer_job
-answer_job()"""
-
-# %% ../nbs/api/71_execute.ipynb #e6bcb4ac
+# %% ../nbs/api/71_execute.ipynb #a3e052f6
 def asking(asked: dict, # of `run`, and where to write the reply
            log: Path, # what the process says
            cwd: str | Path = '.') -> subprocess.Popen:
@@ -494,7 +502,7 @@ def asking(asked: dict, # of `run`, and where to write the reply
     with contextlib.suppress(OSError): print(json.dumps(asked), file=process.stdin, flush=True)
     return process
 
-# %% ../nbs/api/71_execute.ipynb #fa7f4bd9
+# %% ../nbs/api/71_execute.ipynb #3506013f
 def tail(log: Path, lines: int) -> str:
     "The last lines of a log; of a progress bar only its last state."
     try: data = log.read_bytes()[-65536:]
@@ -503,7 +511,7 @@ def tail(log: Path, lines: int) -> str:
     kept = [line.rstrip('\r').rpartition('\r')[2] for line in text.split('\n')]
     return '\n'.join([line for line in kept if line.strip()][-lines:])
 
-# %% ../nbs/api/71_execute.ipynb #6d3ee104
+# %% ../nbs/api/71_execute.ipynb #b765cb5f
 class Job:
     "A run in a process of its own."
     def __init__(self, notebook: str | Path, # name of an experiment, or path of a notebook
@@ -528,7 +536,7 @@ class Job:
         return self.reply
     def stop(self, grace: float = 10.) -> None: stop(self, grace)
 
-# %% ../nbs/api/71_execute.ipynb #b1aa7401
+# %% ../nbs/api/71_execute.ipynb #bf326005
 def reply(job: Job) -> dict[str, str]: # status ('running', 'done', 'stored', 'failed', 'stopped'), path of the run, error
     "How the job stands, or how it ended."
     if job.running: return dict(status='running', path='', error='')
@@ -537,7 +545,7 @@ def reply(job: Job) -> dict[str, str]: # status ('running', 'done', 'stored', 'f
     said = job.tail(1).strip()
     return dict(status='failed', path='', error=f"the job's process ended with status {job.process.returncode}" + (f': {said}' if said else ''))
 
-# %% ../nbs/api/71_execute.ipynb #c8268f86
+# %% ../nbs/api/71_execute.ipynb #fb62922d
 def stop(job: Job, # a running one; nothing happens to another
          grace: float = 10., # seconds until it is killed
          ) -> None:
@@ -550,7 +558,14 @@ def stop(job: Job, # a running one; nothing happens to another
         except subprocess.TimeoutExpired: job.process.kill()
     threading.Thread(target=end, daemon=True).start()
 
-# %% ../nbs/api/71_execute.ipynb #3506013f
+# %% ../nbs/api/71_execute.ipynb #e03036e1
+def alive(pid: int) -> bool:
+    "Whether a process of this machine exists and is more than a remainder."
+    import psutil
+    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error: return False
+
+# %% ../nbs/api/71_execute.ipynb #d7ef8d4c
 def working(store: str | Path = 'runs') -> list[dict]: # name, id, host, pid, folder, started (seconds since 1970)
     "The runs that are being made just now, by any process of any machine that shares the store."
     found = []
@@ -561,14 +576,7 @@ def working(store: str | Path = 'runs') -> list[dict]: # name, id, host, pid, fo
             found.append(dict(name=m[1], id=m[2], host=m[3], pid=int(m[4]), folder=path, started=path.stat().st_ctime))
     return sorted(found, key=lambda x: x['started'])
 
-# %% ../nbs/api/71_execute.ipynb #6ad8348c
-def alive(pid: int) -> bool:
-    "Whether a process of this machine exists and is more than a remainder."
-    import psutil
-    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error: return False
-
-# %% ../nbs/api/71_execute.ipynb #6340d1df
+# %% ../nbs/api/71_execute.ipynb #c259aaa1
 def done_cells(folder: Path) -> tuple[int, int]:
     "Code cells of a working run that are done, and all of them."
     try: cells = [c for c in json.loads((folder/'executed.ipynb').read_bytes())['cells'] if c['cell_type'] == 'code']
@@ -580,17 +588,19 @@ def cells_done(job: Job) -> tuple[int, int]:
     mine = [w['folder'] for w in working(job.store) if w['pid'] == job.process.pid]
     return done_cells(mine[0]) if mine else (0, 0)
 
-# %% ../nbs/api/71_execute.ipynb #c8c1c41c
+# %% ../nbs/api/71_execute.ipynb #8cc00d3f
 def points(grid: dict # name -> values to try
            ) -> list[dict]: # name -> value, the last name changing fastest
     "Every combination of a grid."
+    lists = []
     for name, values in grid.items():
         if isinstance(values, (str, bytes, dict)) or not hasattr(values, '__iter__'):
             raise UsageError(f"the grid needs a list of values for `{name}`, not {values!r}: write {name}=[{values!r}, …]")
-        if not list(values): raise UsageError(f'the grid has no value for `{name}`')
-    return [dict(zip(grid, values)) for values in itertools.product(*map(list, grid.values()))]
+        lists.append(list(values))
+        if not lists[-1]: raise UsageError(f'the grid has no value for `{name}`')
+    return [dict(zip(grid, values)) for values in itertools.product(*lists)]
 
-# %% ../nbs/api/71_execute.ipynb #7cc5dbff
+# %% ../nbs/api/71_execute.ipynb #91ca683b
 @dataclasses.dataclass
 class Point:
     "One question of a sweep."
@@ -604,7 +614,12 @@ class Point:
     job: Job | None = None # while it works on this machine
     future: Any = None     # when it needs work: of concurrent.futures, or of Dask
 
-# %% ../nbs/api/71_execute.ipynb #5cc8858d
+def settle_point(p: Point, answered: dict) -> None:
+    "Writes down how a point ended."
+    p.seconds, p.job = (time.time() - p.started if p.started else 0.), None
+    p.error, p.path, p.status = answered['error'], answered['path'], answered['status']
+
+# %% ../nbs/api/71_execute.ipynb #85ee691d
 def plan(notebook: str | Path, # name of an experiment, or path of a notebook
          grid: dict, # name -> values to try
          fixed: dict | None = None, # the same value for all
@@ -620,7 +635,7 @@ def plan(notebook: str | Path, # name of an experiment, or path of a notebook
         found.setdefault(q.final, Point(asked, q, 'stored' if stored else 'waiting', path=str(q.final) if stored else ''))
     return list(found.values())
 
-# %% ../nbs/api/71_execute.ipynb #d7ef8d4c
+# %% ../nbs/api/71_execute.ipynb #3865d79d
 ENDED = 'done', 'stored', 'failed', 'stopped'
 
 class Sweep:
@@ -642,13 +657,7 @@ class Sweep:
         return [dict(p.asked, status=p.status, **(load(p.path).scalars if p.status in ('done', 'stored') else {})) for p in self.points]
     def __repr__(self): return f"Sweep({len(self.points)} runs: {', '.join(f'{n} {s}' for s, n in self.counts.items())})"
 
-# %% ../nbs/api/71_execute.ipynb #f71bec19
-def settle_point(p: Point, answered: dict) -> None:
-    "Writes down how a point ended."
-    p.seconds, p.job = (time.time() - p.started if p.started else 0.), None
-    p.error, p.path, p.status = answered['error'], answered['path'], answered['status']
-
-# %% ../nbs/api/71_execute.ipynb #8cc00d3f
+# %% ../nbs/api/71_execute.ipynb #bebb9a0c
 def cancel(s: Sweep) -> None:
     "Waiting runs are not started, working ones are stopped; what is answered stays answered."
     s.cancelled = True
@@ -657,7 +666,7 @@ def cancel(s: Sweep) -> None:
         if p.status == 'waiting' and p.future and p.future.cancel() is not False: p.status = 'stopped'
         if (job := p.job) is not None: job.stop()
 
-# %% ../nbs/api/71_execute.ipynb #1b08f4b9
+# %% ../nbs/api/71_execute.ipynb #21d27852
 def wait(s: Sweep, timeout: float | None = None) -> Sweep:
     "Until every run ended; TimeoutError after `timeout` seconds."
     until = math.inf if timeout is None else time.monotonic() + timeout
@@ -666,7 +675,7 @@ def wait(s: Sweep, timeout: float | None = None) -> Sweep:
         time.sleep(.05)
     return s
 
-# %% ../nbs/api/71_execute.ipynb #91ca683b
+# %% ../nbs/api/71_execute.ipynb #8240a709
 def work_here(s: Sweep, p: Point) -> Point:
     "A point by a process of this machine."
     try:
@@ -678,7 +687,7 @@ def work_here(s: Sweep, p: Point) -> Point:
     except Exception as e: settle_point(p, dict(status='failed', path='', error=f'{type(e).__name__}: {e}'))
     return p
 
-# %% ../nbs/api/71_execute.ipynb #85ee691d
+# %% ../nbs/api/71_execute.ipynb #7acd73d1
 def on_processes(s: Sweep, workers: int) -> None:
     "Starts a sweep with `workers` processes of this machine."
     pool = ThreadPoolExecutor(workers, 'sweep')  # each thread only waits for its process
@@ -686,7 +695,28 @@ def on_processes(s: Sweep, workers: int) -> None:
         if p.status == 'waiting': p.future = pool.submit(work_here, s, p)
     pool.shutdown(wait=False)
 
-# %% ../nbs/api/71_execute.ipynb #adac04c1
+# %% ../nbs/api/71_execute.ipynb #4c782235
+def client_of(scheduler, # 'dask': a cluster of this machine; an address; a file of a scheduler; a Dask client
+              workers: int) -> tuple[Any, list]: # the client, and what to close in the end
+    "A Dask client."
+    from distributed import Client, LocalCluster
+    if not isinstance(scheduler, (str, os.PathLike)): return scheduler, []
+    if os.path.isfile(scheduler): client: Any = Client(scheduler_file=os.fspath(scheduler), set_as_default=False)
+    elif scheduler != 'dask': client = Client(str(scheduler), timeout=10, set_as_default=False)
+    else:
+        local = LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, host='tcp://127.0.0.1',
+                             dashboard_address='127.0.0.1:0')
+        return (client := Client(local, set_as_default=False)), [client, local]
+    return client, [client]
+
+# %% ../nbs/api/71_execute.ipynb #94332fc4
+def settle_future(f, p: Point) -> None:
+    "Writes down how the Dask task of a point ended; also of one that was lost with its worker."
+    if f.status == 'finished': settle_point(p, f.result())
+    elif f.cancelled(): settle_point(p, dict(status='stopped', path='', error=''))
+    else: settle_point(p, dict(status='failed', path='', error=f'the Dask task failed: {f.exception()!r}'))
+
+# %% ../nbs/api/71_execute.ipynb #ee8f4c04
 def work_there(asked: dict, # of Job
                topic: str, # name of the sweep
                n: int, # which point
@@ -701,28 +731,7 @@ def work_there(asked: dict, # of Job
     finally: job.stop(0)
     return job.reply
 
-# %% ../nbs/api/71_execute.ipynb #7a7265a8
-def client_of(scheduler, # 'dask': a cluster of this machine; an address; a file of a scheduler; a Dask client
-              workers: int) -> tuple[Any, list]: # the client, and what to close in the end
-    "A Dask client."
-    from distributed import Client, LocalCluster
-    if not isinstance(scheduler, (str, os.PathLike)): return scheduler, []
-    if os.path.isfile(scheduler): client: Any = Client(scheduler_file=os.fspath(scheduler), set_as_default=False)
-    elif scheduler != 'dask': client = Client(str(scheduler), timeout=10, set_as_default=False)
-    else:
-        local = LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, host='tcp://127.0.0.1',
-                             dashboard_address='127.0.0.1:0')
-        return (client := Client(local, set_as_default=False)), [client, local]
-    return client, [client]
-
-# %% ../nbs/api/71_execute.ipynb #fb9b0b33
-def settle_future(f, p: Point) -> None:
-    "Writes down how the Dask task of a point ended; also of one that was lost with its worker."
-    if f.status == 'finished': settle_point(p, f.result())
-    elif f.cancelled(): settle_point(p, dict(status='stopped', path='', error=''))
-    else: settle_point(p, dict(status='failed', path='', error=f'the Dask task failed: {f.exception()!r}'))
-
-# %% ../nbs/api/71_execute.ipynb #bebb9a0c
+# %% ../nbs/api/71_execute.ipynb #a869bd89
 def on_dask(s: Sweep, workers: int, scheduler) -> None:
     "Starts a sweep on a Dask cluster."
     try: from distributed import Event
@@ -742,7 +751,7 @@ def on_dask(s: Sweep, workers: int, scheduler) -> None:
         p.future = client.submit(work_there, asked[n], topic, n, pure=False, key=f'{topic}-{n}')
         p.future.add_done_callback(functools.partial(settle_future, p=p))
 
-# %% ../nbs/api/71_execute.ipynb #6d9c9b66
+# %% ../nbs/api/71_execute.ipynb #7ab0973e
 def sweep(notebook: str | Path, # name of an experiment, or path of a notebook
           grid: dict, # name -> values to try: every combination is a run
           fixed: dict | None = None, # name -> the same value for all

@@ -33,10 +33,10 @@ class Flow:
 # %% ../nbs/api/22_flows.ipynb #2889b562
 cut = Flow('cut', grad=lambda g, w, mask, t: masked_(g, mask), latent=False)
 
-# %% ../nbs/api/22_flows.ipynb #666735b7
+# %% ../nbs/api/22_flows.ipynb #d73fa974
 ste = Flow('ste')
 
-# %% ../nbs/api/22_flows.ipynb #25f19cea
+# %% ../nbs/api/22_flows.ipynb #9e009642
 def sr_ste(decay: float = 2e-4, # λ
            rise: int = 0, # steps until λ is reached; 0 = from the start
            ) -> Flow:
@@ -44,16 +44,16 @@ def sr_ste(decay: float = 2e-4, # λ
     now = lambda t: decay if t >= rise else decay * t / rise
     return Flow(f'sr_ste({decay:g}{f", rise={rise}" * bool(rise)})', grad=lambda g, w, mask, t: g.add_(masked(w, ~mask).mul_(now(t))))
 
-# %% ../nbs/api/22_flows.ipynb #ce9bfd37
+# %% ../nbs/api/22_flows.ipynb #7760d6f0
 dense_momentum = Flow('dense_momentum', latent=False)
 
-# %% ../nbs/api/22_flows.ipynb #bb91814d
+# %% ../nbs/api/22_flows.ipynb #20e0545a
 def l1(strength: float = 1e-5 # λ
        ) -> Flow:
     "Masked training, plus λ sign(θ) in the gradient of what is kept."
     return Flow(f'l1({strength:g})', grad=lambda g, w, mask, t: masked_(g.add_(w.sign(), alpha=strength), mask), latent=False)
 
-# %% ../nbs/api/22_flows.ipynb #3136267e
+# %% ../nbs/api/22_flows.ipynb #b9eb63ad
 def soft(until: int, # the first step at which the mask cuts
          pull: float = 0., # λ, on what is marked
          ) -> Flow:
@@ -63,7 +63,7 @@ def soft(until: int, # the first step at which the mask cuts
         return g.add_(masked(w.sign(), ~mask), alpha=pull) if pull else g
     return Flow(f'soft({until}, {pull:g})', see=lambda w, mask, t: masked_(w, mask) if t >= until else w, grad=grad, latent=False)
 
-# %% ../nbs/api/22_flows.ipynb #b2b1045c
+# %% ../nbs/api/22_flows.ipynb #fc941339
 def explore(decay: float = 1e-4, # λ, on what is seen
             outside: float = 1e-3, # on what is not, λ/D in the paper
             ) -> Flow:
@@ -72,7 +72,7 @@ def explore(decay: float = 1e-4, # λ, on what is seen
         return g.add_(w, alpha=decay).add_(masked(w, ~mask), alpha=outside - decay)
     return Flow(f'explore({decay:g}, {outside:g})', grad=grad)
 
-# %% ../nbs/api/22_flows.ipynb #2e0989fb
+# %% ../nbs/api/22_flows.ipynb #df7258f4
 def mask_decay(rate: float = 1e-4, # b
                kind: str = 'exponential', # D = exp(−b j), or 'linear': max(0, 1 − b j)
                begin: int = 0, # the step at which D begins to fall
@@ -86,7 +86,7 @@ def mask_decay(rate: float = 1e-4, # b
     return Flow(f'mask_decay({rate:g}, {kind!r}, {begin}, {end}, {backward!r})', see=faded,
                 grad=(lambda g, w, mask, t: faded(g, mask, t)) if backward == 'exact' else lambda g, w, mask, t: g)
 
-# %% ../nbs/api/22_flows.ipynb #1391f00a
+# %% ../nbs/api/22_flows.ipynb #0dc991b8
 def soft_threshold(w: Tensor, # (out, in, *kernel)
                    mask: Tensor, # bool like it, the largest of each group
                    p: Pattern) -> Tensor: # continuous in w
@@ -96,7 +96,7 @@ def soft_threshold(w: Tensor, # (out, in, *kernel)
     edge = unfold(p, t.amax(1, keepdim=True).expand_as(t), tuple(w.shape), 0.)
     return w.sign() * (w.abs() - edge).clamp_min_(0.)
 
-# %% ../nbs/api/22_flows.ipynb #704d898e
+# %% ../nbs/api/22_flows.ipynb #60dc30c2
 def over_shards(site: Site, x: Tensor) -> Tensor: # the same on every rank
     "A sum over the parts of a weight that lie on different ranks."
     for i, place in enumerate(getattr(site.parameter, 'placements', ())):
@@ -117,7 +117,7 @@ def see_scaled(site: Site, p: Pattern, t: int) -> Tensor:
 
 s_ste = Flow('s_ste', see_site=see_scaled)
 
-# %% ../nbs/api/22_flows.ipynb #617219e9
+# %% ../nbs/api/22_flows.ipynb #a1ab0cbb
 def adam_l1(strength: float = 4e-7, # λ
             steps: int = 1, # T, after which the mask cuts
             ) -> Flow:
@@ -127,17 +127,17 @@ def adam_l1(strength: float = 4e-7, # λ
         return torch.where(mask, g, (1 - t / steps) * g + (t / steps) * strength * w.sign())
     return Flow(f'adam_l1({strength:g}, {steps})', see=lambda w, mask, t: masked_(w, mask) if t >= steps else w, grad=grad, latent=False)
 
-# %% ../nbs/api/22_flows.ipynb #a229475b
+# %% ../nbs/api/22_flows.ipynb #a4bf0bd1
 dense = Flow('dense', see=lambda w, mask, t: w, latent=False)
 
-# %% ../nbs/api/22_flows.ipynb #f4c54265
+# %% ../nbs/api/22_flows.ipynb #6b36b9fb
 def settled(flow: Flow, # until then
             at: int, # the first step of the last phase
             ) -> Flow:
     "The same flow, and from step `at` on nothing passes outside the mask."
     return replace(flow, name=f'settled({flow!r}, {at})', grad=lambda g, w, mask, t: masked_(g, mask) if t >= at else flow.grad(g, w, mask, t))
 
-# %% ../nbs/api/22_flows.ipynb #be6ea107
+# %% ../nbs/api/22_flows.ipynb #d86cbf88
 def two_draws(a: Tensor) -> Tensor: # (groups, size) magnitudes -> probability that each is among two draws
     "t_i + a_i Σ_{j≠i} t_j / (S − a_j), with t = a / S and S the sum of the group."
     a = a / a.amax(1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
@@ -154,7 +154,7 @@ def least_variance(a: Tensor, keep: int) -> Tensor: # (groups, size) magnitudes 
         sure = sure | (p >= 1)
     return p.clamp(max=1)
 
-# %% ../nbs/api/22_flows.ipynb #41a252a7
+# %% ../nbs/api/22_flows.ipynb #4cc44ee6
 def mvue(x: Tensor, # any shape, e.g. an output gradient (tokens, out)
          keep: int, of: int, # N and M
          axis: int = 0, # along which groups run

@@ -32,7 +32,7 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer): optimizer = optimizer.optimizer
     return optimizer
 
-# %% ../nbs/api/53_hosts.ipynb #85a5c6f3
+# %% ../nbs/api/53_hosts.ipynb #39d71922
 def attached(how: Attach, optimizer: Any) -> Sparsifier:
     "The sparsifier, attached to the host's optimizer."
     own = bare_optimizer(optimizer)
@@ -42,7 +42,7 @@ def attached(how: Attach, optimizer: Any) -> Sparsifier:
     if sp.optimizer is not own: raise ValueError("the sparsifier is attached to another optimizer than the host's: give the callback a function, lambda optimizer: recipes.NAME(model, optimizer, ...)")
     return sp
 
-# %% ../nbs/api/53_hosts.ipynb #39d71922
+# %% ../nbs/api/53_hosts.ipynb #70219e7e
 def attached_again(how: Attach, optimizer: Any,
                    model: nn.Module, # with the weights of the checkpoint
                    state: dict[str, Any], # of the sparsifier, from the checkpoint
@@ -60,7 +60,7 @@ def attached_again(how: Attach, optimizer: Any,
             for p, w in weights: p.copy_(w)
     return sp
 
-# %% ../nbs/api/53_hosts.ipynb #70219e7e
+# %% ../nbs/api/53_hosts.ipynb #beee4484
 def fingerprint(sp: Sparsifier) -> dict[str, int]:
     "A number for the weights of every site, the same on any device and however they are sharded; a collective call when they are."
     return {s.name: byte_sum(s) for s in sp.sites}
@@ -73,7 +73,7 @@ def byte_sum(s: Site) -> int:
     mesh, places = s.parameter.device_mesh, [Partial() if p.is_shard() else Replicate() for p in s.parameter.placements] # type: ignore[attr-defined]
     return int(DTensor.from_local(mine.to(mesh.device_type), mesh, places, run_check=False).full_tensor())
 
-# %% ../nbs/api/53_hosts.ipynb #82ea4625
+# %% ../nbs/api/53_hosts.ipynb #b7b58763
 def saved_with(step: int, *folders: Any) -> dict[str, Any]:
     "The sparsifier's state in the first of the folders that has one."
     tried = [Path(f) / 'sparsifier.pt' for f in folders if isinstance(f, (str, Path))]
@@ -88,7 +88,7 @@ def check_fingerprint(saved: dict[str, int], sp: Sparsifier) -> None:
     if odd := [n for n in now if n in saved and saved[n] != now[n]]:
         raise ValueError(f"sparsifier.pt was saved with other weights of {odd[0]} than the model has now: name the folder that you resume from with resume=")
 
-# %% ../nbs/api/53_hosts.ipynb #beee4484
+# %% ../nbs/api/53_hosts.ipynb #f0fcd97d
 def hf_callback(how: Attach, # a function optimizer -> attached Sparsifier, or a Sparsifier
                 resume: str | Path | None = None, # checkpoint folder, when it is not output_dir/checkpoint-STEP
                 ) -> Any: # a TrainerCallback with `.sparsifier`
@@ -113,7 +113,7 @@ def hf_callback(how: Attach, # a function optimizer -> attached Sparsifier, or a
             if state.is_world_process_zero: write_state(Path(args.output_dir) / f'checkpoint-{state.global_step}' / 'sparsifier.pt', saved)
     return SparsifierCallback()
 
-# %% ../nbs/api/53_hosts.ipynb #11bc842c
+# %% ../nbs/api/53_hosts.ipynb #1d354899
 def lightning_class() -> type:
     "Lightning's Callback, of whichever of its two packages is in use."
     names = ('lightning.pytorch', 'pytorch_lightning')
@@ -121,7 +121,7 @@ def lightning_class() -> type:
         if importlib.util.find_spec(n.partition('.')[0]): return importlib.import_module(n).Callback
     raise ImportError("Lightning is not installed: pip install lightning")
 
-# %% ../nbs/api/53_hosts.ipynb #07fffbba
+# %% ../nbs/api/53_hosts.ipynb #f0f852b2
 def lightning_callback(how: Attach, # a function optimizer -> attached Sparsifier, or a Sparsifier
                        optimizer: int = 0, # which of the optimizers that configure_optimizers returns
                        ) -> Any: # a Callback with `.sparsifier`
@@ -148,17 +148,17 @@ def lightning_callback(how: Attach, # a function optimizer -> attached Sparsifie
             if math.isfinite(steps := trainer.estimated_stepping_batches): check_schedule(self.sparsifier, int(steps))
     return SparsifierCallback()
 
-# %% ../nbs/api/53_hosts.ipynb #1d354899
+# %% ../nbs/api/53_hosts.ipynb #1d38d3b5
 def checkpointed(sparsifier: Sparsifier) -> Any: # for accelerator.register_for_checkpointing
     "The sparsifier's state as a host saves it: whole tensors, whoever shares the weights."
     return SimpleNamespace(state_dict=lambda: whole_state(sparsifier), load_state_dict=lambda state: load_whole_state(sparsifier, state))
 
-# %% ../nbs/api/53_hosts.ipynb #e307980e
+# %% ../nbs/api/53_hosts.ipynb #60f1cc6d
 def digest(t: Tensor) -> str:
     "A hash of a mask."
     return hashlib.blake2b(t.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
-# %% ../nbs/api/53_hosts.ipynb #2349bb62
+# %% ../nbs/api/53_hosts.ipynb #bf545b8c
 def check_ranks(sparsifier: Sparsifier) -> None:
     "ValueError when processes that hold the same weight have different masks; a collective call."
     mine = {s.name: digest(s.mask) for s in sparsifier.sites if s.mask is not None and local(s.parameter) is s.parameter}

@@ -66,7 +66,7 @@ def row(step: int, name: str, value: Any, unit: str = '', site: str = '') -> Row
     "One record."
     return dict(step=step, name=name, value=float(value), unit=unit, site=site)
 
-# %% ../nbs/api/52_loop.ipynb #200809eb
+# %% ../nbs/api/52_loop.ipynb #2bb24f44
 def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, step: int) -> list[Row]:
     "What `evaluate` says of the model, in evaluation mode and without gradients."
     with torch.no_grad(), evaluating(model): out = evaluate(model)
@@ -75,19 +75,19 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, step: int) 
     if isinstance(out, Mapping): return [row(step, k, v, unit) for k, v in out.items()]
     return [row(step, name, out[:, 0].sum() / out[:, 1].sum() if isinstance(out, Tensor) and out.ndim == 2 else out, unit)]
 
-# %% ../nbs/api/52_loop.ipynb #ba6b73b8
+# %% ../nbs/api/52_loop.ipynb #3323e1e1
 def sparsities(sparsifier: Sparsifier | None, step: int) -> list[Row]:
     "How sparse every site is."
     return [] if sparsifier is None else [row(step, 'sparsity', r['achieved'], 'fraction of zeros', r['name']) for r in sparsifier.report().rows]
 
-# %% ../nbs/api/52_loop.ipynb #9c8e6658
+# %% ../nbs/api/52_loop.ipynb #d3d7206b
 def series(records: list[Row], name: str, site: str = '') -> tuple[list[int], list[float]]: # steps, values
     "One curve out of the records."
     if not (rows := [r for r in records if r['name'] == name and r['site'] == site]):
         raise ValueError(f"no record named {name!r}{f' of {site}' * bool(site)}: there are {', '.join(sorted({r['name'] for r in records})) or 'none'}")
     return [r['step'] for r in rows], [r['value'] for r in rows]
 
-# %% ../nbs/api/52_loop.ipynb #0ccecdbe
+# %% ../nbs/api/52_loop.ipynb #f22d179c
 def patience(name: str, # of the record to watch
              times: int, # measurements without a new best
              best: Callable[[Iterable[float]], float] = max, # min for a loss
@@ -98,7 +98,7 @@ def patience(name: str, # of the record to watch
         return len(values) > times and best(values[:-times]) == best(values)
     return stop
 
-# %% ../nbs/api/52_loop.ipynb #8890784f
+# %% ../nbs/api/52_loop.ipynb #5af2a2e9
 def whole(x: Any) -> Any:
     "The same nested state with every sharded tensor put together; a collective call when there are any."
     if isinstance(x, Tensor): return x.full_tensor().cpu() if hasattr(x, 'full_tensor') else x # type: ignore[operator]
@@ -113,7 +113,7 @@ def part(x: Any, # a whole tensor, or anything else
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
-# %% ../nbs/api/52_loop.ipynb #9ef54ae4
+# %% ../nbs/api/52_loop.ipynb #6fb6add8
 def whole_site(s: Any, # a site
                x: Any) -> Any: # its mask, dense weight, …
     "What belongs to a site, put together over the processes."
@@ -124,7 +124,7 @@ def whole_site(s: Any, # a site
     s.view(mine).copy_(x)
     return s.view(DTensor.from_local(mine, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()).to(x.dtype).cpu()
 
-# %% ../nbs/api/52_loop.ipynb #6fb6add8
+# %% ../nbs/api/52_loop.ipynb #c9db1edf
 def part_site(s: Any, x: Any) -> Any:
     "Undo `whole_site`: what lies on this process."
     p = s.parameter
@@ -133,20 +133,20 @@ def part_site(s: Any, x: Any) -> Any:
     s.view(full).copy_(x)
     return s.of(part(full, p)).clone()
 
-# %% ../nbs/api/52_loop.ipynb #c9db1edf
+# %% ../nbs/api/52_loop.ipynb #0c46315d
 def whole_state(sparsifier: Sparsifier) -> dict[str, Any]:
     "`sparsifier.state_dict()` with whole tensors, the same however many processes share the weights."
     state, by_name = sparsifier.state_dict(), {s.name: s for s in sparsifier.sites}
     return {**state, 'sites': {n: {k: whole_site(by_name[n], v) for k, v in d.items()} for n, d in state['sites'].items()}}
 
-# %% ../nbs/api/52_loop.ipynb #5fc83401
+# %% ../nbs/api/52_loop.ipynb #8a0384d3
 def load_whole_state(sparsifier: Sparsifier, state: dict[str, Any]) -> None:
     "Undo `whole_state`; ValueError, before anything changes, when it belongs to another model, pattern or flow."
     by_name = {s.name: s for s in sparsifier.sites}
     cut = lambda n, d: {k: part_site(by_name[n], v) for k, v in d.items()} if n in by_name else d
     sparsifier.load_state_dict({**state, 'sites': {n: cut(n, d) for n, d in state['sites'].items()}})
 
-# %% ../nbs/api/52_loop.ipynb #ddb4b93e
+# %% ../nbs/api/52_loop.ipynb #b8691a7d
 def write_state(file: str | Path, state: Any) -> Path: # the file
     "Save tensors and plain values, whole or not at all, so that `torch.load(weights_only=True)` reads them."
     file = Path(file)
@@ -165,7 +165,7 @@ def write_state(file: str | Path, state: Any) -> Path: # the file
     finally: aside.unlink(missing_ok=True)
     return file
 
-# %% ../nbs/api/52_loop.ipynb #afaf435c
+# %% ../nbs/api/52_loop.ipynb #5c523cd4
 def write_checkpoint(folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path: # the new file
     "Save a state as `step-….pt`; the newest `keep` files stay."
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def write_checkpoint(folder: str | Path, state: dict[str, Any], keep: int = 2) -
     for left in Path(folder).glob('.step-*.part'): left.unlink(missing_ok=True)
     return file
 
-# %% ../nbs/api/52_loop.ipynb #12fa849c
+# %% ../nbs/api/52_loop.ipynb #94fe2e3a
 def read_checkpoint(folder: str | Path) -> dict[str, Any] | None: # None when there is none
     "The newest checkpoint that can be read; a warning for one that cannot."
     files = sorted(Path(folder).glob('step-*.pt'), reverse=True)
@@ -184,19 +184,19 @@ def read_checkpoint(folder: str | Path) -> dict[str, Any] | None: # None when th
     if files: raise ValueError(f"none of the {len(files)} checkpoints in {folder} can be read: delete them to start anew, or take another folder")
     return None
 
-# %% ../nbs/api/52_loop.ipynb #0541e29f
+# %% ../nbs/api/52_loop.ipynb #619aa361
 def ranks() -> tuple[int, int]:
     "Which process this is, and of how many."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-# %% ../nbs/api/52_loop.ipynb #93b36722
+# %% ../nbs/api/52_loop.ipynb #d216ff0c
 def every_rank(x: Any) -> list:
     "What every process has; a collective call when there are several."
     out: list[Any] = [x] * ranks()[1]
     if len(out) > 1: dist.all_gather_object(out, x)
     return out
 
-# %% ../nbs/api/52_loop.ipynb #619aa361
+# %% ../nbs/api/52_loop.ipynb #42e568e0
 def random_state() -> dict[str, Any]:
     "Where the random generators of this process stand."
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -214,7 +214,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, numbers, after = state['python']
     random.setstate((version, tuple(numbers.tolist()), after))
 
-# %% ../nbs/api/52_loop.ipynb #c070154b
+# %% ../nbs/api/52_loop.ipynb #c8d1d4c3
 class Run(NamedTuple):
     "What trains together, is saved together and is resumed together."
     model: nn.Module
@@ -223,21 +223,21 @@ class Run(NamedTuple):
     scheduler: Any = None
     batches: Any = None
 
-# %% ../nbs/api/52_loop.ipynb #23457212
+# %% ../nbs/api/52_loop.ipynb #1bc7c8b8
 def bare(model: nn.Module) -> nn.Module:
     "The model without DistributedDataParallel and torch.compile around it."
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, '_orig_mod'):
         model = getattr(model, '_orig_mod', None) or model.module # type: ignore[assignment]
     return model
 
-# %% ../nbs/api/52_loop.ipynb #3c9b2f70
+# %% ../nbs/api/52_loop.ipynb #7c5abc25
 def state_of(run: Run, step: int, records: list[Row]) -> dict[str, Any]:
     "Everything that a checkpoint holds; a collective call when there are several processes."
     return dict(step=step, records=records, kind=type(run.optimizer).__name__, data=getattr(run.batches, 'key', ''),
                 model=whole(bare(run.model).state_dict()), optimizer=whole(run.optimizer.state_dict()),
                 scheduler=run.scheduler and run.scheduler.state_dict(), sparsifier=run.sparsifier and whole_state(run.sparsifier), random=every_rank(random_state()))
 
-# %% ../nbs/api/52_loop.ipynb #1bc7c8b8
+# %% ../nbs/api/52_loop.ipynb #d2f4cc47
 def check_state(run: Run, state: dict[str, Any], steps: int) -> None:
     "ValueError when a checkpoint is not of this run."
     here, there = bare(run.model).state_dict(), state['model']
@@ -251,7 +251,7 @@ def check_state(run: Run, state: dict[str, Any], steps: int) -> None:
         if v != own[k]: raise ValueError(f"the checkpoint was written with {k} {v or 'none'}, this run has {own[k] or 'none'}: take the same, or another folder")
     if state['step'] > steps: raise ValueError(f"the checkpoint is of step {state['step']}, the training ends at {steps}: take more steps, or another folder")
 
-# %% ../nbs/api/52_loop.ipynb #7c5abc25
+# %% ../nbs/api/52_loop.ipynb #b5548652
 def restore(run: Run, state: dict[str, Any]) -> None:
     "Undo `state_of`."
     if run.sparsifier is not None: load_whole_state(run.sparsifier, state['sparsifier'])
@@ -264,7 +264,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     rank, _ = ranks()
     set_random_state(state['random'][rank % len(state['random'])])
 
-# %% ../nbs/api/52_loop.ipynb #d2f4cc47
+# %% ../nbs/api/52_loop.ipynb #d5a3a7bf
 def check_schedule(sparsifier: Sparsifier, # any
                    steps: int, # at which training ends
                    ) -> None:
@@ -279,7 +279,7 @@ def check_schedule(sparsifier: Sparsifier, # any
     raise ValueError(f"training ends at step {steps} with sparsity {sparsifier.sparsity(last):.4g}, the schedule reaches {later[0]:.4g} at step {high}: "
                      f"give the recipe total_steps={steps}, or train longer (to stop early on purpose, pass stop=)")
 
-# %% ../nbs/api/52_loop.ipynb #9e27e163
+# %% ../nbs/api/52_loop.ipynb #401eec5f
 def check_run(run: Run, steps: int) -> None:
     "ValueError when sparsifier, optimizer and model do not belong together, or the schedule does not end in time."
     if run.sparsifier is None: return
@@ -288,7 +288,7 @@ def check_run(run: Run, steps: int) -> None:
     if odd := [s.name for s in run.sparsifier.sites if id(s.parameter) not in own]: raise ValueError(f"{odd[0]} is not a weight of this model: make the sites of the model that is trained")
     check_schedule(run.sparsifier, steps)
 
-# %% ../nbs/api/52_loop.ipynb #f9550a8f
+# %% ../nbs/api/52_loop.ipynb #49dd0273
 def train_step(run: Run, loss: Callable[[nn.Module, Any], Tensor], step: int) -> Tensor: # the loss
     "Forward, backward, step."
     value = loss(run.model, run.batches(step))
@@ -298,7 +298,7 @@ def train_step(run: Run, loss: Callable[[nn.Module, Any], Tensor], step: int) ->
     if run.scheduler is not None: run.scheduler.step()
     return value.detach()
 
-# %% ../nbs/api/52_loop.ipynb #d5a3a7bf
+# %% ../nbs/api/52_loop.ipynb #a14f6385
 def resumed(run: Run, folder: str | Path | None, steps: int) -> tuple[int, list[Row]]: # steps done, records so far
     "Where to begin: at the newest checkpoint, else at the start."
     state = None if folder is None else read_checkpoint(folder)
@@ -307,7 +307,7 @@ def resumed(run: Run, folder: str | Path | None, steps: int) -> tuple[int, list[
     restore(run, state)
     return state['step'], state['records']
 
-# %% ../nbs/api/52_loop.ipynb #d6d9ccd6
+# %% ../nbs/api/52_loop.ipynb #8f599339
 def measurements(run: Run, step: int, loss: Tensor, # mean since the last time, of this process
                  evaluate: Callable[[nn.Module], Any] | None) -> list[Row]:
     "Loss over all processes, what `evaluate` says, the learning rate and the sparsity of every site."
@@ -315,14 +315,14 @@ def measurements(run: Run, step: int, loss: Tensor, # mean since the last time, 
     return [row(step, 'loss', over_all), *(measured(evaluate, run.model, step) if evaluate else []),
             row(step, 'learning rate', run.optimizer.param_groups[0]['lr']), *sparsities(run.sparsifier, step)]
 
-# %% ../nbs/api/52_loop.ipynb #2e7bcf2c
+# %% ../nbs/api/52_loop.ipynb #b996efb1
 def save(run: Run, folder: str | Path, step: int, records: list[Row]) -> None:
     "Write a checkpoint, by the first process."
     state = state_of(run, step, records)
     if ranks()[0] == 0: write_checkpoint(folder, state)
     if ranks()[1] > 1: dist.barrier()
 
-# %% ../nbs/api/52_loop.ipynb #0345fa51
+# %% ../nbs/api/52_loop.ipynb #5533b53f
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Any], Tensor], # (model, batch) -> scalar
         batches: Callable[[int], Any], # step -> batch, such as shuffled(x, y)

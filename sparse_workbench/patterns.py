@@ -470,7 +470,7 @@ def search_squares(w: Tensor, # (squares, of, of) scores
                    keep: int) -> Tensor: # bool like the scores
     "Legal masks of squares by prices, repairs and exchanges."
     x = w.to(torch.promote_types(w.dtype, torch.float32))
-    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)
+    x = (x / x.abs().amax((1, 2), keepdim=True).clamp_min(1e-30)).nan_to_num(0.)   # with NaN no move would ever pay, and repairs never end
     y = x - prices(x, keep)
     m = torch.zeros_like(y, dtype=torch.bool).scatter_(2, y.sort(dim=2, descending=True, stable=True).indices[..., :keep], True)
     return exchange(x, repair(y, m, keep))

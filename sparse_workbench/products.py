@@ -38,27 +38,27 @@ class Product(torch.autograd.Function):
         db = dy.sum([i for i in range(dy.ndim) if i != (dy.ndim - 1 if ctx.conv is None else 1)]) if ctx.needs_input_grad[3] else None
         return dx, dw, None, db, None, None
 
-# %% ../nbs/api/34_products.ipynb #12034850
+# %% ../nbs/api/34_products.ipynb #133d9e52
 def linear_gradients(ctx: Any, dy: Tensor, x: Tensor, back: Tensor) -> tuple[Tensor | None, Tensor | None]: # of input and weight
     "dy W and dyᵀ x."
     dx = dy @ back if ctx.needs_input_grad[0] else None
     flat = dy.reshape(-1, dy.size(-1))
     return dx, (ctx.sample(flat) if ctx.sample else flat).mT @ x.reshape(-1, x.size(-1)) if ctx.needs_input_grad[1] else None
 
-# %% ../nbs/api/34_products.ipynb #133d9e52
+# %% ../nbs/api/34_products.ipynb #baf9e052
 def conv_gradients(ctx: Any, dy: Tensor, x: Tensor, back: Tensor) -> tuple[Tensor | None, Tensor | None]:
     "The same of a convolution."
     stride, padding, dilation, groups = ctx.conv
     do = lambda *mask: torch.ops.aten.convolution_backward(dy, x, back, None, stride, padding, dilation, False, [0] * len(stride), groups, mask)
     return (do(True, False, False)[0] if ctx.needs_input_grad[0] else None), (do(False, True, False)[1] if ctx.needs_input_grad[1] else None)
 
-# %% ../nbs/api/34_products.ipynb #c9eb1bcb
+# %% ../nbs/api/34_products.ipynb #77c5031b
 def turned(p: Pattern) -> Pattern:
     "The pattern with inputs and outputs exchanged; a pattern that serves both is its own."
     if p.tile == p.tile[::-1] and p.group == p.group[::-1]: return p
     return replace(p, tile=p.tile[::-1], group=p.group[::-1], name=f'{p!r}, turned')
 
-# %% ../nbs/api/34_products.ipynb #e4b0fe84
+# %% ../nbs/api/34_products.ipynb #f7597df3
 class Rerouted:
     "Takes the place of a layer's forward; a copy of the layer takes a copy along."
     def __init__(self, site: Site, back: Pattern | None, sample: Callable[[Tensor], Tensor] | None):
@@ -70,7 +70,7 @@ class Rerouted:
         if self.site.latent is None or not self.site.sparsity or not torch.is_grad_enabled(): return type(m).forward(m, x)
         return multiplied(self, x)
 
-# %% ../nbs/api/34_products.ipynb #06078fad
+# %% ../nbs/api/34_products.ipynb #fd06c5a4
 def backward_weight(r: Rerouted) -> Tensor: # like the site
     "The dense weight, masked for the backward product; kept until the dense weight changes, except where a compiler looks on."
     dense, p = r.site.latent, r.back
@@ -82,13 +82,13 @@ def backward_weight(r: Rerouted) -> Tensor: # like the site
         with torch.no_grad(): r.made = stamp, chosen()
     return r.made[1]
 
-# %% ../nbs/api/34_products.ipynb #f7597df3
+# %% ../nbs/api/34_products.ipynb #0c3a067e
 def low(device: str, *ts: Tensor | None) -> list[Any]:
     "As autocast would have them."
     if not torch.is_autocast_enabled(device): return list(ts)
     return [t.to(torch.get_autocast_dtype(device)) if t is not None and t.dtype != torch.float64 else t for t in ts]
 
-# %% ../nbs/api/34_products.ipynb #fd06c5a4
+# %% ../nbs/api/34_products.ipynb #0bf5cb60
 def multiplied(r: Rerouted, x: Tensor) -> Tensor:
     "A layer's forward, by `Product`."
     m: Any = r.site.module
@@ -99,10 +99,10 @@ def multiplied(r: Rerouted, x: Tensor) -> Tensor:
     padding = m.padding
     if m.padding_mode != 'zeros' or isinstance(padding, str):
         mode = 'constant' if m.padding_mode == 'zeros' else m.padding_mode
-        x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=mode), (0,) * len(m.stride)
+        (x,), padding = low(x.device.type, F.pad(x, m._reversed_padding_repeated_twice, mode=mode)), (0,) * len(m.stride)  # autocast pads in 32 bits
     return Product.apply(x, weight, back, bias, (m.stride, padding, m.dilation, m.groups), r.sample)
 
-# %% ../nbs/api/34_products.ipynb #35fc392c
+# %% ../nbs/api/34_products.ipynb #aa3bb2df
 def check_route(site: Site, back: Pattern | None, sample: Any) -> None:
     "ValueError that says why a layer cannot be rerouted, and what to do."
     m, out = site.module, f"leave it out with ignore=[{site.name!r}]"
@@ -116,7 +116,7 @@ def check_route(site: Site, back: Pattern | None, sample: Any) -> None:
     rows = site.shape[0] // getattr(m, 'groups', 1)
     if back.group[0] > 1 and rows % back.group[0]: raise ValueError(f"{site.name} is a convolution in {m.groups} groups of {rows} outputs, which are summed apart in the backward product; {rows} is no multiple of {back.group[0]}: take another N:M, or {out}") # type: ignore[union-attr]
 
-# %% ../nbs/api/34_products.ipynb #0c3a067e
+# %% ../nbs/api/34_products.ipynb #656c5e49
 def reroute(ss: Sequence[Site], # attached later, with a flow that keeps a dense weight
             back: Pattern | None = None, # of the backward product; None = the weight as it is seen
             sample: Callable[[Tensor], Tensor] | None = None, # of the output gradient (tokens, out), e.g. mvue_of()

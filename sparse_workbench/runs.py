@@ -90,7 +90,7 @@ def draw(figure, # matplotlib figure
         figure.savefig(buffer, format=kind, dpi=150, bbox_inches='tight', metadata=undated)
     return buffer.getvalue()
 
-# %% ../nbs/api/70_runs.ipynb #4060f57a
+# %% ../nbs/api/70_runs.ipynb #1e65241e
 def save(out: str | Path, # the run folder, given to the notebook; empty when it was opened by hand: nothing is written
          result: dict, # the answer; the command line shows its 'table' (list of rows) and 'summary' (list of sentences)
          records=None, # data frame, or list of dicts: flat rows
@@ -298,8 +298,9 @@ class Run:
 
     def records(self): # the flat table as a data frame
         import pandas
-        if not (self.path/'records.csv').exists(): return pandas.DataFrame()
-        return pandas.read_csv(self.path/'records.csv', engine='python', keep_default_na=False, na_values=[''])
+        table = self.path/'records.csv'
+        if not table.exists() or table.stat().st_size < 2: return pandas.DataFrame() # no columns: an empty line
+        return pandas.read_csv(table, engine='python', keep_default_na=False, na_values=[''])
     @property
     def figures(self) -> dict[str, Path]: # name -> PNG file; the SVG lies beside it
         return {p.stem: p for p in sorted(self.path.glob('*.png'))}
@@ -313,7 +314,7 @@ class Run:
     def __repr__(self): return f'Run({self.title})'
     def _repr_html_(self): return run_html(self)
 
-# %% ../nbs/api/70_runs.ipynb #b743e62b
+# %% ../nbs/api/70_runs.ipynb #acfd14b4
 def run_html(run: Run) -> str:
     "Its card: parameters, scalar results, error, pictures."
     error = {run.error['ename']: run.error['evalue']} if run.error else {}
@@ -322,7 +323,7 @@ def run_html(run: Run) -> str:
     parts += [picture_html(name, path.read_bytes()) for name, path in run.figures.items()]
     return f'<div style="{CARD["box"]}">{html.escape(run.title)}<div style="{CARD["row"]}">{"".join(parts)}</div></div>'
 
-# %% ../nbs/api/70_runs.ipynb #acfd14b4
+# %% ../nbs/api/70_runs.ipynb #da34442e
 def refuse_constant(word: str):
     "ValueError for the NaN and Infinity that Python reads and JSON does not know."
     raise ValueError(f'{word} is not JSON; write it with runs.save')
@@ -335,7 +336,7 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict): raise ValueError(f'{name} holds a {type(value).__name__}, not named values')
     return value
 
-# %% ../nbs/api/70_runs.ipynb #af4bf785
+# %% ../nbs/api/70_runs.ipynb #2985c62a
 def load(path: str | Path, # run folder
          cached: bool = False, # it answers a question without running
          ) -> Run:
@@ -348,7 +349,7 @@ def load(path: str | Path, # run folder
         raise ValueError(f"{path.name}/environment.json lacks {', '.join(sorted(missing))}")
     return Run(env['name'], env['id'], path, read_json(path/'params.json'), result, env, cached, error)
 
-# %% ../nbs/api/70_runs.ipynb #8ab6f4d3
+# %% ../nbs/api/70_runs.ipynb #5bee9bed
 def stored(store: str | Path = 'runs') -> list[Run]:
     "The finished runs, oldest first; a broken one is named in a warning."
     found = []
@@ -358,7 +359,7 @@ def stored(store: str | Path = 'runs') -> list[Run]:
         except ValueError as e: warnings.warn(f'skipped {e}', stacklevel=2)
     return sorted(found, key=lambda r: r.environment['started'])
 
-# %% ../nbs/api/70_runs.ipynb #63170a7b
+# %% ../nbs/api/70_runs.ipynb #c8a84e8b
 def results(store: str | Path = 'runs' # folder of runs
             ): # data frame: name, id, started, seconds, params.…, result.…
     "One row for each finished run; what was left out is named in a warning."
@@ -367,7 +368,7 @@ def results(store: str | Path = 'runs' # folder of runs
                  **flat('params', r.params), **flat('result', r.result)) for r in stored(store)]
     return pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=['name', 'id', 'started', 'seconds'])
 
-# %% ../nbs/api/70_runs.ipynb #47881bb5
+# %% ../nbs/api/70_runs.ipynb #2b0c5fad
 def failed(store: str | Path = 'runs') -> list[Run]:
     "The failed runs, oldest first; `.error` says why, `.path` where the notebook lies."
     found = []

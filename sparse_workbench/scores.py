@@ -34,7 +34,7 @@ def magnitude(site: Site) -> Tensor:
     "|w|"
     return site.weight.abs()
 
-# %% ../nbs/api/11_scores.ipynb #7456228b
+# %% ../nbs/api/11_scores.ipynb #2d3643b3
 def noise(seed: int | str) -> Score: # a criterion
     "Uniform noise in [0, 1) that depends on the seed, the site's name and the position, and on nothing else."
     @criterion(finite=True)
@@ -50,7 +50,7 @@ def noise(seed: int | str) -> Score: # a criterion
 
 random = noise(0)
 
-# %% ../nbs/api/11_scores.ipynb #f6cfbfbf
+# %% ../nbs/api/11_scores.ipynb #7ea749b5
 def chance(seed: int = 0) -> Score: # a criterion
     "Uniform noise in [0, 1), drawn anew at every step of a training."
     @criterion(finite=True)
@@ -58,7 +58,7 @@ def chance(seed: int = 0) -> Score: # a criterion
     chance.__doc__ = f"Uniform noise of seed {seed}, other numbers at every step."
     return chance
 
-# %% ../nbs/api/11_scores.ipynb #e4ffc932
+# %% ../nbs/api/11_scores.ipynb #e58d3fa4
 @criterion(rowwise=False, finite=True)
 def sign_rank(site: Site) -> Tensor:
     "Rank of |w| among the weights of the same sign, in (0, 1]; 0 for zeros."
@@ -68,14 +68,14 @@ def sign_rank(site: Site) -> Tensor:
         out[side] = torch.empty(len(order), device=w.device).scatter_(0, order, torch.arange(1., len(order) + 1, device=w.device) / max(1, len(order)))
     return out
 
-# %% ../nbs/api/11_scores.ipynb #bbedffc6
+# %% ../nbs/api/11_scores.ipynb #320da4fb
 @criterion(finite=True)
 def held(site: Site) -> Tensor:
     "|w| where the mask keeps, noise below zero elsewhere."
     w = site.weight.abs()
     return w if site.mask is None else torch.where(site.mask[slice(*site.rows)], w, (random(site) - 1).to(w.dtype))
 
-# %% ../nbs/api/11_scores.ipynb #472d2c42
+# %% ../nbs/api/11_scores.ipynb #a2093285
 def mean_grad(site: Site) -> Tensor:
     "The dense gradient of the last step, else the mean over calibration."
     return stat(site, 'grad') if site.grad is None else site.grad[slice(*site.rows)].float()
@@ -85,19 +85,19 @@ def gradient(site: Site) -> Tensor:
     "|g|"
     return mean_grad(site).abs()
 
-# %% ../nbs/api/11_scores.ipynb #e5f37796
+# %% ../nbs/api/11_scores.ipynb #d1203a1a
 @criterion('grad')
 def saliency(site: Site) -> Tensor:
     "|w · g| (SNIP, eq. 4)"
     return (site.weight * mean_grad(site)).abs()
 
-# %% ../nbs/api/11_scores.ipynb #0a6ab932
+# %% ../nbs/api/11_scores.ipynb #d35a08af
 @criterion('grad')
 def movement(site: Site) -> Tensor:
     "−w · g, signed (movement pruning, eq. 5)"
     return -site.weight * mean_grad(site)
 
-# %% ../nbs/api/11_scores.ipynb #60a06ab2
+# %% ../nbs/api/11_scores.ipynb #21f97b04
 @criterion()
 def momentum(site: Site) -> Tensor:
     "|momentum| of SGD, |m / (√v + 1e-8)| of Adam"
@@ -106,7 +106,7 @@ def momentum(site: Site) -> Tensor:
     if 'exp_avg' in s and 'exp_avg_sq' in s: return s['exp_avg'].abs() / (s['exp_avg_sq'].sqrt() + 1e-8)
     raise KeyError(f"{site.name} has no momentum: train with torch.optim.SGD(…, momentum=0.9) or an Adam, and ask for it after the first step")
 
-# %% ../nbs/api/11_scores.ipynb #6582c8da
+# %% ../nbs/api/11_scores.ipynb #14224bb4
 @criterion('grad_sq')
 def taylor(site: Site) -> Tensor:
     "(w · g)², averaged over batches (Taylor-FO, eq. 8)"
@@ -117,25 +117,25 @@ def fisher(site: Site) -> Tensor:
     "½ w² F, with F the diagonal of the empirical Fisher matrix (OBD, eq. 3)"
     return .5 * site.weight.float() ** 2 * stat(site, 'fisher')
 
-# %% ../nbs/api/11_scores.ipynb #d1b1a9a1
+# %% ../nbs/api/11_scores.ipynb #0cc17104
 @criterion('hess_grad')
 def grasp(site: Site) -> Tensor:
     "w · Hg, signed (GraSP, eq. 8, as importance)"
     return site.weight * stat(site, 'hess_grad')
 
-# %% ../nbs/api/11_scores.ipynb #0cc17104
+# %% ../nbs/api/11_scores.ipynb #9dc58e11
 @criterion('synflow')
 def synflow(site: Site) -> Tensor:
     "|w| · ∂R/∂|w| (SynFlow, eq. 2)"
     return site.weight.abs() * stat(site, 'synflow')
 
-# %% ../nbs/api/11_scores.ipynb #9dc58e11
+# %% ../nbs/api/11_scores.ipynb #91afecaa
 @criterion('in_norm')
 def wanda(site: Site) -> Tensor:
     "|w| · ‖x‖₂ (Wanda, eq. 1)"
     return site.weight.abs() * stat(site, 'in_norm')
 
-# %% ../nbs/api/11_scores.ipynb #3ccf449e
+# %% ../nbs/api/11_scores.ipynb #fa48d7a7
 @criterion('in_norm', rowwise=False)
 def ria(site: Site) -> Tensor:
     "(|w| / Σ row + |w| / Σ column) · ‖x‖₂^½ (RIA, eq. 3 and 4)"

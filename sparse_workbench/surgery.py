@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'KEEPS', 'NORMS', 'ELEMENTWISE', 'METHODS', 'SECOND', 'LAST', 'swap_gains', 'channel_order', 'reorder',
-           'Chain', 'role', 'classes', 'used_once', 'width', 'chains', 'permute', 'Scaled', 'grown', 'linear_sites',
+           'Chain', 'role', 'used_once', 'classes', 'width', 'chains', 'permute', 'Scaled', 'grown', 'linear_sites',
            'add_scales', 'fold_scales', 'Helped', 'start', 'add_low_rank']
 
 # %% ../nbs/api/40_surgery.ipynb #ef7738fb
@@ -79,7 +79,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNor
 ELEMENTWISE = (operator.add, operator.mul, operator.sub, operator.iadd, operator.imul, torch.add, torch.mul, torch.sub, torch.relu, torch.tanh, torch.sigmoid, F.relu, F.gelu, F.silu, F.dropout)
 METHODS = ('relu', 'relu_', 'add', 'add_', 'mul', 'mul_', 'tanh', 'sigmoid', 'contiguous')
 
-# %% ../nbs/api/40_surgery.ipynb #a5ce937d
+# %% ../nbs/api/40_surgery.ipynb #cc9e112a
 def role(model: nn.Module, node: Any) -> tuple[str, nn.Module | None]: # 'layer', 'norm', 'same' or 'closed', and the module
     "What a node does with channels."
     if node.op == 'call_module':
@@ -89,7 +89,17 @@ def role(model: nn.Module, node: Any) -> tuple[str, nn.Module | None]: # 'layer'
         return ('same' if isinstance(m, KEEPS) else 'closed'), m
     return ('same' if node.op == 'call_function' and node.target in ELEMENTWISE or node.op == 'call_method' and node.target in METHODS else 'closed'), None
 
-# %% ../nbs/api/40_surgery.ipynb #2e130056
+# %% ../nbs/api/40_surgery.ipynb #3f59f28f
+def used_once(model: nn.Module, nodes: Iterable[Any]) -> set[str]: # names
+    "Modules that are called once, and whose parameters nobody else reads."
+    calls = [n.target for n in nodes if n.op == 'call_module']
+    owners: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False): owners.setdefault(id(p), []).append(name)
+    read = {n.target for n in nodes if n.op == 'get_attr'}
+    private = lambda name: all(len(owners[id(p)]) == 1 and f'{name}.{k}' not in read for k, p in model.get_submodule(name).named_parameters())
+    return {c for c in set(calls) if calls.count(c) == 1 and private(c)}
+
+# %% ../nbs/api/40_surgery.ipynb #661d388d
 def classes(model: nn.Module, nodes: Iterable[Any]) -> tuple[Callable, set]: # class of a node, closed classes
     "Join the channels of values that are combined element by element."
     of: dict[Any, Any] = {}
@@ -103,24 +113,14 @@ def classes(model: nn.Module, nodes: Iterable[Any]) -> tuple[Callable, set]: # c
         if kind == 'closed' or kind != 'same' and n.target not in once: closed |= {n, *ins}
     return root, {root(c) for c in closed}
 
-# %% ../nbs/api/40_surgery.ipynb #b9285153
-def used_once(model: nn.Module, nodes: Iterable[Any]) -> set[str]: # names
-    "Modules that are called once, and whose parameters nobody else reads."
-    calls = [n.target for n in nodes if n.op == 'call_module']
-    owners: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False): owners.setdefault(id(p), []).append(name)
-    read = {n.target for n in nodes if n.op == 'get_attr'}
-    private = lambda name: all(len(owners[id(p)]) == 1 and f'{name}.{k}' not in read for k, p in model.get_submodule(name).named_parameters())
-    return {c for c in set(calls) if calls.count(c) == 1 and private(c)}
-
-# %% ../nbs/api/40_surgery.ipynb #5f7144fb
+# %% ../nbs/api/40_surgery.ipynb #1a575022
 SECOND, LAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm2d, nn.BatchNorm3d, *POOLS), (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 def width(m: nn.Module, side: int) -> int: # side 0: what it delivers, 1: what it reads
     "Channels of a layer or a norm."
     return m.weight.shape[side] if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) else getattr(m, 'num_features', None) or m.normalized_shape[0] # type: ignore[index, return-value, union-attr]
 
-# %% ../nbs/api/40_surgery.ipynb #1cfc5d64
+# %% ../nbs/api/40_surgery.ipynb #23e1d31d
 def chains(model: nn.Module) -> list[Chain]: # of a model that torch.fx can trace
     "Find layers between which channels may be permuted; ValueError when the model cannot be traced."
     try: nodes = list(torch.fx.symbolic_trace(model).graph.nodes)
@@ -138,7 +138,7 @@ def chains(model: nn.Module) -> list[Chain]: # of a model that torch.fx can trac
     layers = lambda c: any(not isinstance(model.get_submodule(b), NORMS) for b in c.before)
     return [c for r, c in found.items() if r not in closed and len(seen[r]) <= 2 and c.after and layers(c)]
 
-# %% ../nbs/api/40_surgery.ipynb #282e6f79
+# %% ../nbs/api/40_surgery.ipynb #9fb8cf22
 def permute(model: nn.Module, # its channels change places
             chain: Sequence[Chain] | None = None, # None: what `chains` finds
             pattern: Any = nm(2, 4), sweeps: int = 20,
@@ -158,7 +158,7 @@ def permute(model: nn.Module, # its channels change places
         reorder(order, before, after, optimizer)
     return gain
 
-# %% ../nbs/api/40_surgery.ipynb #9fb8cf22
+# %% ../nbs/api/40_surgery.ipynb #7971a64f
 class Scaled:
     "A linear layer's forward, with a factor for each run of inputs of each row."
     def __init__(self, site: Site): self.site, self.turned = site, site.view is Tensor.t
@@ -171,7 +171,7 @@ def grown(w: Tensor, # (out, in)
     "Every weight times the factor of its run."
     return (w.unflatten(1, (scale.size(1), -1)) * scale[..., None]).flatten(1)
 
-# %% ../nbs/api/40_surgery.ipynb #e53bdb8e
+# %% ../nbs/api/40_surgery.ipynb #de698f90
 def linear_sites(model: nn.Module, what: str, of: int, which: dict) -> list[Site]:
     "Linear layers that may get something beside their weight; ValueError for any other."
     ss = sites(model, **which)
@@ -181,7 +181,7 @@ def linear_sites(model: nn.Module, what: str, of: int, which: dict) -> list[Site
         if s.shape[1] % of: raise ValueError(f"{what} needs {of} to divide the inputs, and {s.name} has {s.shape[1]}: take another number, or leave it out with ignore=[{s.name!r}]")
     return ss
 
-# %% ../nbs/api/40_surgery.ipynb #922eeb3e
+# %% ../nbs/api/40_surgery.ipynb #e340e70a
 def add_scales(model: nn.Module, groups: int = 2, **which) -> None: # in place; parameters `….scale` (out, groups)
     "CAST's weight scaling. Make the optimizer afterwards; end with fold_scales."
     if groups < 1: raise ValueError(f"groups={groups!r}: a row has at least one scale, and the paper uses 2")
@@ -196,7 +196,7 @@ def fold_scales(model: nn.Module) -> None:
         with torch.no_grad(): s.weight.copy_(grown(s.weight, m.scale)) # type: ignore[arg-type]
         del m.forward, m.scale
 
-# %% ../nbs/api/40_surgery.ipynb #302eaf8c
+# %% ../nbs/api/40_surgery.ipynb #0e0ecbe7
 class Helped:
     "A linear layer's forward, plus S of the sums of runs of inputs."
     def __init__(self, site: Site, k: int): self.site, self.k = site, k
@@ -205,14 +205,14 @@ class Helped:
         sums = F.linear(x, m.gather) if hasattr(m, 'gather') else x.unflatten(-1, (-1, self.k)).sum(-1)
         return type(m).forward(m, x) + F.linear(sums, m.helper)
 
-# %% ../nbs/api/40_surgery.ipynb #74004809
+# %% ../nbs/api/40_surgery.ipynb #bfead31e
 def start(removed: Tensor, # (out, in) what pruning takes away
           k: int, init: str) -> Tensor: # (out, in / k)
     "Where S begins."
     runs = removed.unflatten(1, (-1, k))
     return dict(mean=runs.mean(2), sum=runs.sum(2), xavier=torch.zeros_like(runs[..., 0]))[init]
 
-# %% ../nbs/api/40_surgery.ipynb #5c05efd2
+# %% ../nbs/api/40_surgery.ipynb #42336dfc
 def add_low_rank(model: nn.Module, # in place: parameters `….helper` (out, in / k), and `….gather` (in / k, in) where that matrix is no plain sum
                  k: int = 64, pattern: Any = nm(2, 4), sparsity: float | None = None, init: str = 'mean', trainable: bool = False,
                  score: Score = magnitude, **which) -> None:

@@ -156,7 +156,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     out = model(ids)
     return out if isinstance(out, Tensor) else out.logits
 
-# %% ../nbs/api/51_zoo.ipynb #eef9092a
+# %% ../nbs/api/51_zoo.ipynb #bfe06057
 def sample(logits: Tensor,              # [vocabulary] scores of the next token
            temperature: float,          # 0 takes the best; 1 follows the model; more is bolder
            generator: torch.Generator   # a CPU generator: the only source of chance
@@ -165,7 +165,7 @@ def sample(logits: Tensor,              # [vocabulary] scores of the next token
     if temperature <= 0: return int(logits.argmax())
     return int(torch.multinomial((logits.float()/temperature).softmax(-1).cpu(), 1, generator=generator))
 
-# %% ../nbs/api/51_zoo.ipynb #63472943
+# %% ../nbs/api/51_zoo.ipynb #80e0793c
 def generate(lm: 'Pretrained',          # of task causal-lm
              prompt: str,               # text to continue, at least one token long
              tokens: int = 64,          # how many to add
@@ -182,7 +182,7 @@ def generate(lm: 'Pretrained',          # of task causal-lm
             ids.append(sample(logits_of(lm.model, seen)[0, -1], temperature, g))
     return lm.decode(ids)
 
-# %% ../nbs/api/51_zoo.ipynb #80e0793c
+# %% ../nbs/api/51_zoo.ipynb #0056f230
 @dataclass
 class Pretrained:
     "A model, its tokenizer, its task and a text to judge it on"
@@ -208,13 +208,13 @@ class Pretrained:
     generate = generate
     def __repr__(self): return described(self)
 
-# %% ../nbs/api/51_zoo.ipynb #0c06b687
+# %% ../nbs/api/51_zoo.ipynb #e4b896f3
 def tokenizer_of(lm: Pretrained):
     "The tokenizer, or an error that names the model without one"
     if lm.tokenizer is None: raise ValueError(f'{lm.name} ({lm.task}) has no tokenizer')
     return lm.tokenizer
 
-# %% ../nbs/api/51_zoo.ipynb #a4c16998
+# %% ../nbs/api/51_zoo.ipynb #9efc587a
 def described(lm: Pretrained) -> str:
     "One line: name, class, task, parameters, type and place, vocabulary, text"
     p, n = next(lm.model.parameters(), torch.empty(0)), sum(q.numel() for q in lm.model.parameters())
@@ -223,7 +223,7 @@ def described(lm: Pretrained) -> str:
     kind = f'{type(lm.model).__name__}, {lm.task}' if lm.name != type(lm.model).__name__ else lm.task
     return f"{lm.name}: {kind}, {n:,} parameters, {str(p.dtype).removeprefix('torch.')} on {p.device}{words}{text}"
 
-# %% ../nbs/api/51_zoo.ipynb #be34d264
+# %% ../nbs/api/51_zoo.ipynb #707898ed
 def read_weights(folder: Path # with model.safetensors, or shards and model.safetensors.index.json
                 ) -> dict[str, Tensor]: # everything on the CPU in its stored type
     "The tensors of a transformers folder; reads safetensors only, never a pickle"
@@ -232,7 +232,7 @@ def read_weights(folder: Path # with model.safetensors, or shards and model.safe
     files = sorted(set(json.loads(index.read_text())['weight_map'].values())) if index.exists() else ['model.safetensors']
     return {k: v for file in files for k, v in load_file(existing(folder/file)).items()}
 
-# %% ../nbs/api/51_zoo.ipynb #062a26c6
+# %% ../nbs/api/51_zoo.ipynb #8752e690
 def sample_text(folder: Path) -> str | None:
     "The text kept in a model's folder; for stories260k the stories in tinystories/ beside it, each opened by its start token"
     for file in (folder/'heldout.txt', folder/'heldout.txt.xz'):
@@ -241,7 +241,7 @@ def sample_text(folder: Path) -> str | None:
     if folder.name != 'stories260k' or not stories.exists(): return None
     return ''.join('<s>' + story for story in load_stories(stories))
 
-# %% ../nbs/api/51_zoo.ipynb #a86d8a20
+# %% ../nbs/api/51_zoo.ipynb #bba2ad78
 def load_llama(folder: str | Path,               # config.json, tokenizer.json, safetensors, perhaps heldout.txt
                device: str = 'cpu',
                dtype: torch.dtype = torch.float32
@@ -256,7 +256,7 @@ def load_llama(folder: str | Path,               # config.json, tokenizer.json, 
     if tied: model.lm_head.weight = model.get_parameter('model.embed_tokens.weight')
     return Pretrained(folder.name, model.eval(), Tokenizer.from_file(str(existing(folder/'tokenizer.json'))), 'causal-lm', sample_text(folder))
 
-# %% ../nbs/api/51_zoo.ipynb #1ab9d6dd
+# %% ../nbs/api/51_zoo.ipynb #b443c19e
 class PlainTokenizer:
     "A transformers tokenizer without a `tokenizers` core, with the three methods of one that `Pretrained` uses"
     def __init__(self, inner): self.inner = inner
@@ -270,7 +270,7 @@ class PlainTokenizer:
         "Number of tokens, added ones included"
         return len(self.inner)
 
-# %% ../nbs/api/51_zoo.ipynb #a2e64992
+# %% ../nbs/api/51_zoo.ipynb #7f332df7
 def plain_tokenizer(tokenizer # of transformers
                    ):         # with encode(text, add_special_tokens).ids, decode(ids, skip_special_tokens) and get_vocab_size()
     "A transformers tokenizer that neither cuts nor pads"
@@ -280,7 +280,7 @@ def plain_tokenizer(tokenizer # of transformers
     core.no_padding()
     return core
 
-# %% ../nbs/api/51_zoo.ipynb #d4ec2ee0
+# %% ../nbs/api/51_zoo.ipynb #0567ca41
 CLASSES = {'ForCausalLM': ('AutoModelForCausalLM', 'causal-lm'), 'LMHeadModel': ('AutoModelForCausalLM', 'causal-lm'),
            'ForMaskedLM': ('AutoModelForMaskedLM', 'masked-lm'), 'Model': ('AutoModel', 'embedding')}
 
@@ -293,7 +293,7 @@ def class_and_task(architectures: list[str] | None # as in config.json
     raise ValueError(f'architecture {name} is not a causal or masked language model or an encoder (…{", …".join(CLASSES)}); '
                      'load it with transformers and pass the module to load(module)')
 
-# %% ../nbs/api/51_zoo.ipynb #7f332df7
+# %% ../nbs/api/51_zoo.ipynb #eae584fb
 def side_file(name: str | Path, # folder or hub id
               file: str         # path inside it
              ):                 # parsed JSON, or None where there is no such file
@@ -302,7 +302,7 @@ def side_file(name: str | Path, # folder or hub id
     try: return json.loads(Path(cached_file(str(name), file) or '').read_text())
     except OSError: return None
 
-# %% ../nbs/api/51_zoo.ipynb #aba870f4
+# %% ../nbs/api/51_zoo.ipynb #7a53d18b
 def check_pooling(name: str | Path) -> None:
     "Raise unless a sentence encoder means: the mean of the token vectors, perhaps normalised"
     pooling = side_file(name, '1_Pooling/config.json') or {}
@@ -312,7 +312,7 @@ def check_pooling(name: str | Path) -> None:
         raise ValueError(f'{name} pools by {" and ".join(ways)} and consists of {parts}; only mean pooling is done here. '
                          'Load it with transformers and pass the module to load(module)')
 
-# %% ../nbs/api/51_zoo.ipynb #0567ca41
+# %% ../nbs/api/51_zoo.ipynb #c8142ab7
 @contextmanager
 def quiet() -> Iterator[None]:
     "transformers without its progress bars and warnings"
@@ -325,7 +325,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-# %% ../nbs/api/51_zoo.ipynb #d6534e2d
+# %% ../nbs/api/51_zoo.ipynb #64ae95a1
 def load_transformers(name: str | Path,              # a folder, or a hub id, which may touch the network
                       device: str = 'cpu',
                       dtype: torch.dtype = torch.float32
@@ -343,7 +343,7 @@ def load_transformers(name: str | Path,              # a folder, or a hub id, wh
     tokenizer = plain_tokenizer(transformers.AutoTokenizer.from_pretrained(name, **source))
     return Pretrained(Path(name).name if local else str(name), model.to(device).eval(), tokenizer, task, sample_text(Path(name)) if local else None)
 
-# %% ../nbs/api/51_zoo.ipynb #eae584fb
+# %% ../nbs/api/51_zoo.ipynb #b8ece36c
 def pad(rows: list[list[int]], # token ids
         value: int             # fills rows up
        ) -> tuple[Tensor, Tensor]: # ids and mask (1 = a token), int64 [rows, longest]
@@ -352,7 +352,7 @@ def pad(rows: list[list[int]], # token ids
     ids = torch.tensor([row + [value]*(longest - len(row)) for row in rows])
     return ids, torch.tensor([[1]*len(row) + [0]*(longest - len(row)) for row in rows])
 
-# %% ../nbs/api/51_zoo.ipynb #982decf2
+# %% ../nbs/api/51_zoo.ipynb #b4fe971d
 def embed(lm: Pretrained,        # of task embedding
           sentences: list[str],  # at least one; what is longer than the context is cut
           batch: int = 64        # sentences at a time, of similar length
@@ -370,7 +370,7 @@ def embed(lm: Pretrained,        # of task embedding
             parts.append(F.normalize((states*mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1))
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
-# %% ../nbs/api/51_zoo.ipynb #b8ece36c
+# %% ../nbs/api/51_zoo.ipynb #94aa730d
 class ResidualBlock(nn.Module):
     "Two 3×3 convolutions beside a shortcut without weights"
     def __init__(self, before: int, after: int, stride: int):
@@ -384,7 +384,7 @@ class ResidualBlock(nn.Module):
         x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.new//2, self.new - self.new//2))
         return F.relu(y + x)
 
-# %% ../nbs/api/51_zoo.ipynb #dd93c431
+# %% ../nbs/api/51_zoo.ipynb #42051aca
 class CifarResNet(nn.Module):
     "`images [batch, 3, 32, 32]`, normalised, to logits `[batch, 10]`: three stages of `n` blocks, 16, 32 and 64 channels"
     def __init__(self, n: int):
@@ -398,7 +398,7 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean((2, 3)))
 
-# %% ../nbs/api/51_zoo.ipynb #b4fe971d
+# %% ../nbs/api/51_zoo.ipynb #086195b7
 def cifar_resnet(depth: int,                     # 20, 32, 44, 56 … : 6n+2
                  path: str | Path | None = None  # a safetensors file of weights; None leaves them random
                 ) -> CifarResNet:
@@ -409,7 +409,7 @@ def cifar_resnet(depth: int,                     # 20, 32, 44, 56 … : 6n+2
     if path is not None: net.load_state_dict(load_file(existing(path)))
     return net.eval()
 
-# %% ../nbs/api/51_zoo.ipynb #94aa730d
+# %% ../nbs/api/51_zoo.ipynb #03938e7e
 class ViTBlock(nn.Module):
     "Attention among all patches, then a feed-forward part, each on the normalised stream and added to it"
     def __init__(self, dim: int, heads: int, expand: int):
@@ -424,7 +424,7 @@ class ViTBlock(nn.Module):
         x = x + self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))
 
-# %% ../nbs/api/51_zoo.ipynb #42051aca
+# %% ../nbs/api/51_zoo.ipynb #a62a2f4a
 class ViT(nn.Module):
     "`images [batch, channels, size, size]` to logits `[batch, classes]`"
     def __init__(self,
@@ -448,7 +448,7 @@ class ViT(nn.Module):
         for block in self.blocks: x = block(x)
         return self.head(self.norm(x).mean(1))
 
-# %% ../nbs/api/51_zoo.ipynb #fc15574e
+# %% ../nbs/api/51_zoo.ipynb #91f36585
 def available() -> dict[str, Path]: # name: its folder, or its file of weights
     "What `load` knows by name on this machine: the shipped model, minilm where it is installed, what lies in `data_dir()`"
     import sparse_workbench
@@ -461,7 +461,7 @@ def available() -> dict[str, Path]: # name: its folder, or its file of weights
         found = {f.parent.name if f.name == 'config.json' else f.stem: f.parent if f.name == 'config.json' else f for f in files} | found
     return found
 
-# %% ../nbs/api/51_zoo.ipynb #7ce74d37
+# %% ../nbs/api/51_zoo.ipynb #13748252
 def load_folder(folder: Path,
                 device: str = 'cpu',
                 dtype: torch.dtype = torch.float32
@@ -472,7 +472,7 @@ def load_folder(folder: Path,
     plain = raw.get('architectures') == ['LlamaForCausalLM'] and not oddities(raw) and (folder/'tokenizer.json').exists()
     return (load_llama if plain else load_transformers)(folder, device, dtype)
 
-# %% ../nbs/api/51_zoo.ipynb #03938e7e
+# %% ../nbs/api/51_zoo.ipynb #48c24613
 def load_hub(name: str, # owner/name
              device: str = 'cpu',
              dtype: torch.dtype = torch.float32
@@ -483,13 +483,13 @@ def load_hub(name: str, # owner/name
         raise FileNotFoundError(f'{name}: not a folder here, and the hub did not give it ({str(e).splitlines()[0]}). Without network, type `hf download {name} '
                                 '--local-dir FOLDER` on a machine that has one, bring the folder here, and load("FOLDER"); HF_HUB_OFFLINE=1 saves the wait') from e
 
-# %% ../nbs/api/51_zoo.ipynb #74247d66
+# %% ../nbs/api/51_zoo.ipynb #0bf4afd4
 def load_known(name: str, path: Path, device: str, dtype: torch.dtype) -> Pretrained:
     "A model of `available()` under its name there"
     if path.suffix != '.safetensors': return replace(load_folder(path, device, dtype), name=name)
     return Pretrained(name, cifar_resnet(int(name.removeprefix('resnet')), path).to(device, dtype), task='vision')
 
-# %% ../nbs/api/51_zoo.ipynb #a62a2f4a
+# %% ../nbs/api/51_zoo.ipynb #38b9fe76
 def load(name: str | Path | nn.Module,       # of `available()`, a folder, a hub id owner/name, or a module, which is taken as it is
          device: str = 'cpu',
          dtype: torch.dtype = torch.float32

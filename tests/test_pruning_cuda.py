@@ -3,6 +3,8 @@
 Runs under pytest, and as a script where there is no pytest: python tests/test_pruning_cuda.py
 """
 import sys
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
@@ -187,6 +189,14 @@ def root_of(inp, dead=()):
     return inverse_root(x.T @ x)
 
 
+@contextmanager
+def launches():
+    "Shapes that the kernel of the sweep is launched for: its twin would take its place without a word."
+    from sparse_workbench.kernels import sweep
+    seen, real = [], sweep._launch
+    with patch.object(sweep, '_launch', lambda w, *rest, **kw: seen.append(tuple(w.shape)) or real(w, *rest, **kw)): yield seen
+
+
 def test_a_swept_block_is_the_twin():
     from sparse_workbench.kernels.sweep import sweep_block_kernel
     from sparse_workbench.reconstruct import sweep_columns
@@ -194,7 +204,8 @@ def test_a_swept_block_is_the_twin():
         root, w, mask = root_of(inp, (3,)), torch.randn(out, inp, dtype=torch.double, device='cuda'), torch.rand(out, inp, device='cuda') < .5
         right, got = w.clone(), w.float()
         e0, m0 = sweep_columns(right, root.u, mask, 0, 0)
-        e1, m1 = sweep_block_kernel(got, root.u.float(), mask, 0, 0)
+        with launches() as seen: e1, m1 = sweep_block_kernel(got, root.u.float(), mask, 0, 0)
+        assert seen == [(out, min(128, inp - i)) for i in range(0, inp, 128)]
         assert torch.equal(m0, m1) and torch.equal(got == 0, ~m1)
         for a, b in ((got, right), (e1, e0)): assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (out, inp)
 
@@ -221,7 +232,8 @@ def test_a_swept_block_chooses_the_same():
         none, clear = torch.zeros_like(w, dtype=torch.bool), ~near_ties(w, root.u, keep, of)
         right, got = w.clone(), w.float()
         e0, m0 = sweep_columns(right, root.u, none, keep, of)
-        e1, m1 = sweep_block_kernel(got, root.u.float(), none, keep, of)
+        with launches() as seen: e1, m1 = sweep_block_kernel(got, root.u.float(), none, keep, of)
+        assert seen == [tuple(w.shape)]
         assert (m1.view(len(w), -1, of).sum(2) == keep).all() and clear.float().mean() > .8, (keep, of, clear.float().mean())
         assert torch.equal(m0[clear], m1[clear]), (keep, of, int((m0 != m1)[clear].sum()))
         for a, b in ((got, right), (e1, e0)): assert (a - b)[clear].abs().max() <= 1e-5 * b.abs().max(), (keep, of)
@@ -233,7 +245,8 @@ def test_a_whole_sweep():
     root, w = root_of(1000, (5, 500)), torch.randn(700, 1000, dtype=torch.double, device='cuda')
     for p, s in ((unstructured(), .5), (unstructured(), .83), (per_row(), .5), (nm(2, 4), None), (nm(4, 8), None)):
         right, m0 = sweep(w, root, p, s)
-        got, m1 = sweep(w.float(), Root(root.u.float(), root.dead), p, s)
+        with launches() as seen: got, m1 = sweep(w.float().t().contiguous().t(), Root(root.u.float(), root.dead), p, s)      # stored column by column
+        assert len(seen) == 8, (p, seen)
         same = (m0 == m1).float().mean().item()
         assert int(m1.sum()) == int(m0.sum()) and torch.equal(got == 0, ~m1 | (got == 0)) and not got[:, root.dead].any(), p
         assert same > .999, (p, same)

@@ -210,9 +210,10 @@ def test_without_correlation_nothing_is_corrected():
 
 @pytest.mark.parametrize('out, inp, keep, of', [(3, 130, 0, 0), (5, 130, 2, 5), (2, 64, 16, 32), (2, 33, 1, 33)])
 def test_the_interpreted_sweep_is_its_twin(out, inp, keep, of):
-    from sparse_workbench.kernels.sweep import sweep_block_kernel
+    from sparse_workbench.kernels.sweep import _fits, sweep_block_kernel
     root, w, mask = root_of(inp, (1,)), torch.randn(out, inp, dtype=torch.double), torch.rand(out, inp) < .5
     right, got = w.clone(), w.float()
+    assert _fits(got, root.u.float(), of) == (of <= 32)                       # or the twin would be compared with itself
     e0, m0 = sweep_columns(right, root.u, mask, keep, of)
     e1, m1 = sweep_block_kernel(got, root.u.float(), mask, keep, of)
     assert torch.equal(m0, m1)

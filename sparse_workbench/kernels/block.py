@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'block_kernel', 'few_kernel', 'by_column', 'block_forward', 'block_grad_x', 'block_grad_values', 'ranked',
-           'plan', 'aligned', 'few_forward', 'trusted', 'trial', 'close', 'few_agrees', 'few_takes']
+           'stamp', 'plan', 'aligned', 'few_forward', 'trusted', 'trial', 'close', 'few_agrees', 'few_takes']
 
 # %% ../../nbs/api/32_block.ipynb #799a6817
 import warnings
@@ -43,7 +43,7 @@ def _sum_kernel(x_ptr, values_ptr, offsets_ptr, pieces_ptr, order_ptr, bias_ptr,
     if BIAS: total += tl.load(bias_ptr + outputs).to(tl.float32)[None, :]
     tl.store(y_ptr + m[:, None].to(tl.int64) * y_width + outputs[None, :], total.to(y_ptr.dtype.element_ty), here)
 
-# %% ../../nbs/api/32_block.ipynb #352b79be
+# %% ../../nbs/api/32_block.ipynb #7c875e82
 @triton.jit(do_not_specialize=['tokens'])
 def _outer_kernel(dy_ptr, x_ptr, rows_ptr, columns_ptr, grad_ptr, tokens, y_width, x_width,
                   R: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
@@ -61,7 +61,7 @@ def _outer_kernel(dy_ptr, x_ptr, rows_ptr, columns_ptr, grad_ptr, tokens, y_widt
         total = tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
     tl.store(grad_ptr + b.to(tl.int64) * (R * C) + r[:, None] * C + c[None, :], total.to(grad_ptr.dtype.element_ty))
 
-# %% ../../nbs/api/32_block.ipynb #f16d6d43
+# %% ../../nbs/api/32_block.ipynb #cbe46a6c
 def _common(x: Tensor) -> dict:
     "What both kernels are told: how to multiply."
     exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == 'highest'
@@ -91,7 +91,7 @@ def _outer(dy: Tensor, x: Tensor, rows: Tensor, columns: Tensor, grad: Tensor) -
             num_stages=1 + 4 // x.element_size(), num_warps=8 if r * c >= 128 * 128 else 4)
     return grad
 
-# %% ../../nbs/api/32_block.ipynb #cbe46a6c
+# %% ../../nbs/api/32_block.ipynb #158b48f7
 def by_column(offsets: Tensor, # (block rows + 1,)
               columns: Tensor, # (blocks,)
               count: int, # block columns
@@ -101,7 +101,7 @@ def by_column(offsets: Tensor, # (block rows + 1,)
     starts = torch.searchsorted(sorted_, torch.arange(count + 1, device=columns.device, dtype=columns.dtype), out_int32=True)
     return starts, block_rows(offsets, columns)[order].int(), order.int()
 
-# %% ../../nbs/api/32_block.ipynb #8681c1b4
+# %% ../../nbs/api/32_block.ipynb #bd5db13d
 def block_forward(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     "y (tokens, out) = x (tokens, in) times the transposed block-sparse weight of this shape, plus bias."
     (offsets, columns), y = index, x.new_empty(x.size(0), shape[0])
@@ -117,14 +117,14 @@ def block_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor]
     grad = torch.empty_like(values, memory_format=torch.contiguous_format)
     return _outer(dy.contiguous(), x.contiguous(), block_rows(*index).int(), index[1], grad)
 
-# %% ../../nbs/api/32_block.ipynb #d4e012ac
+# %% ../../nbs/api/32_block.ipynb #984d3dc8
 SIZES = (16, 32, 64, 128, 256)  # of a block, along each axis; 128 × 256 entries at most
 
 block_kernel = Kernel('block triton', 'block', block_forward, block_grad_x, block_grad_values, 'cuda',
                       (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15)
 register(block_kernel)
 
-# %% ../../nbs/api/32_block.ipynb #81bf479f
+# %% ../../nbs/api/32_block.ipynb #06fb52e4
 _PLANS: Any = WeakIdKeyDictionary()
 
 def ranked(offsets: Tensor) -> Tensor: # int32 (pieces, 4): piece, first block, last + 1, 0; the longest list first
@@ -132,15 +132,18 @@ def ranked(offsets: Tensor) -> Tensor: # int32 (pieces, 4): piece, first block, 
     order = offsets.diff().sort(descending=True, stable=True)[1]
     return torch.stack([order, offsets[order], offsets[order + 1], torch.zeros_like(order)], 1).int().contiguous()
 
+def stamp(*index: Tensor) -> list[int | None]:
+    "What changes when a tensor is changed in place; None where that is not counted."
+    return [None if t.is_inference() else t._version for t in index]
+
 def plan(offsets: Tensor, columns: Tensor, name: str, make: Callable[[], Any]) -> Any:
     "`make()`, unless it was made for this very index before."
-    version = None if columns.is_inference() else columns._version
-    kept = _PLANS.get(columns)
+    kept, version = _PLANS.get(columns), stamp(offsets, columns)
     if kept is None or kept['version'] != version or kept['offsets'] is not offsets: kept = _PLANS[columns] = dict(version=version, offsets=offsets)
     if name not in kept: kept[name] = make()
     return kept[name]
 
-# %% ../../nbs/api/32_block.ipynb #3a6740d1
+# %% ../../nbs/api/32_block.ipynb #046a979c
 @triton.jit
 def _few_kernel(x_box, values_box, y_box, columns_ptr, tiles_ptr, bias_ptr, R: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
                 BIAS: tl.constexpr, WIDE: tl.constexpr):
@@ -156,7 +159,7 @@ def _few_kernel(x_box, values_box, y_box, columns_ptr, tiles_ptr, bias_ptr, R: t
     if BIAS: total += tl.load(bias_ptr + piece * R + part + tl.arange(0, N)).to(tl.float32)[None, :]
     y_box.store([m, piece * R + part], total.to(y_box.dtype))
 
-# %% ../../nbs/api/32_block.ipynb #98e04ca5
+# %% ../../nbs/api/32_block.ipynb #01eb2d7f
 def aligned(x: Tensor) -> Tensor: # x itself where it can be
     "The same numbers, contiguous from a multiple of 16 bytes on."
     x = x.contiguous()
@@ -178,7 +181,7 @@ def few_forward(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int
     tiles = plan(offsets, columns, 'rows', lambda: ranked(offsets))
     return _few(aligned(x), aligned(values), columns, tiles, bias if bias is None else bias.contiguous(), y)
 
-# %% ../../nbs/api/32_block.ipynb #06fb52e4
+# %% ../../nbs/api/32_block.ipynb #aadce82c
 _TRUSTED: dict[tuple, bool] = {}
 
 def trusted(name: str, # of the kernel
@@ -195,7 +198,7 @@ def trusted(name: str, # of the kernel
         _TRUSTED[key] = problem is None
     return _TRUSTED[key]
 
-# %% ../../nbs/api/32_block.ipynb #34587b85
+# %% ../../nbs/api/32_block.ipynb #34f04021
 def trial(device: torch.device, dtype: torch.dtype, r: int, c: int, tokens: int) -> tuple: # x, dy, bias, (values, index, shape), and the twin
     "A small problem with an empty row of blocks."
     g = torch.Generator(device).manual_seed(0)
@@ -207,7 +210,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     "Equal within the rounding of 16-bit floats?"
     return bool((a - b).abs().max() <= 2**-6 * b.abs().max())
 
-# %% ../../nbs/api/32_block.ipynb #0b9df166
+# %% ../../nbs/api/32_block.ipynb #7c34834e
 def few_agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:
     "Does `few_forward` equal the twin, with a few and with many of the few tokens?"
     for tokens in (5, 49):

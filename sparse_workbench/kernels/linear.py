@@ -282,7 +282,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
             ops.sparse_linear_grad_values(dy, x, values, index, ctx.format, ctx.shape) if need_values else None,
             [None] * len(index), _wide(dy).sum(0).to(dy.dtype) if need_bias else None, None, None)
 
-# %% ../../nbs/api/30_linear.ipynb #a7fccaf0
+# %% ../../nbs/api/30_linear.ipynb #93703042
 def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
     def precise(x: Tensor, *rest) -> Tensor: # what a kernel computes in 32 bits, autocast would compute in 16
         if not torch.is_autocast_enabled(x.device.type): return run(x, *rest)
@@ -300,7 +300,7 @@ if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
               _forward, lambda x, values, index, bias, format, shape: x.new_empty(shape[0], x.size(0)).t() if _turned(format, x) else x.new_empty(x.size(0), shape[0]))
     torch.library.register_autograd('sparse_workbench::sparse_linear', _backward, setup_context=_remember)
 
-# %% ../../nbs/api/30_linear.ipynb #868f2bca
+# %% ../../nbs/api/30_linear.ipynb #e9afabee
 def _check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     v, (out, inp) = packed.values, packed.shape
     if x.ndim < 1 or x.size(-1) != inp: raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight ({out}, {inp}): its last axis must be {inp}")
@@ -314,7 +314,7 @@ def _autocast(t: Tensor | None, device: str) -> Tensor | None:
     if t is None or t.dtype == torch.float64 or device == 'meta' or not torch.is_autocast_enabled(device): return t
     return t.to(torch.get_autocast_dtype(device))
 
-# %% ../../nbs/api/30_linear.ipynb #e9afabee
+# %% ../../nbs/api/30_linear.ipynb #5de0a27e
 def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
                   packed: Packed, # the weight (out, in)
                   bias: Tensor | None = None, # (out,)
@@ -331,7 +331,7 @@ def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
     y = torch.ops.sparse_workbench.sparse_linear(tokens, packed.values, packed.index, bias, packed.format, list(packed.shape))
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
-# %% ../../nbs/api/30_linear.ipynb #b63f6640
+# %% ../../nbs/api/30_linear.ipynb #5d52e800
 def _not_assigned(format: str) -> AttributeError:
     return AttributeError(f"the weight of a SparseLinear is packed and cannot be assigned: make a new layer, "
                           f"SparseLinear(pack(weight, {format!r}, …), bias), or a dense nn.Linear from unpack(layer.packed)")
@@ -339,7 +339,7 @@ def _not_assigned(format: str) -> AttributeError:
 def _verify_loaded(layer: 'SparseLinear', keys: Any) -> None:
     if not layer.values.is_meta: verify(layer.packed)
 
-# %% ../../nbs/api/30_linear.ipynb #5d52e800
+# %% ../../nbs/api/30_linear.ipynb #7821f657
 class SparseLinear(nn.Module):
     "A linear layer whose weight is packed; calls `sparse_linear`."
     def __init__(self, packed: Packed, # the weight (out, in); its tensors are used, not copied

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reconstruct import sweep_columns
 
-# %% ../../nbs/api/28_sweep.ipynb #d3d41949
+# %% ../../nbs/api/28_sweep.ipynb #214854e9
 @triton.jit
 def _best(w, d, gone, c, first, keep, OF: tl.constexpr):
     "The pruned of the group of OF columns that begins at `first`: all but the `keep` that cost most to lose."
@@ -26,7 +26,15 @@ def _best(w, d, gone, c, first, keep, OF: tl.constexpr):
         lost += tl.where(k < place, rival >= s, (k != place) & ~(s >= rival)).to(tl.int32)
     return tl.where((place >= 0) & (place < OF), (lost >= keep).to(tl.int32), gone)
 
-# %% ../../nbs/api/28_sweep.ipynb #148c1b93
+# %% ../../nbs/api/28_sweep.ipynb #ef651bd6
+@triton.jit
+def _pass_on(w, gone, u, pivot, c, i):
+    "(The tile with column i pruned and the loss carried to the right, the error of each row.)"
+    lost = (c == i)[None, :] & (gone > 0)
+    e = tl.sum(tl.where(lost, w, 0.), 1) / pivot
+    return tl.where(lost, 0., w - e[:, None] * u[None, :]), e
+
+# %% ../../nbs/api/28_sweep.ipynb #bf1df45d
 @triton.jit(do_not_specialize=['rows', 'keep'])
 def _sweep_kernel(w_ptr, u_ptr, mask_ptr, errors_ptr, rows, columns, w_stride, u_stride, keep, OF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     "A few rows, all columns of the block; errors are written (block, out)."
@@ -40,32 +48,40 @@ def _sweep_kernel(w_ptr, u_ptr, mask_ptr, errors_ptr, rows, columns, w_stride, u
         if OF > 0:
             if i % OF == 0: gone = _best(w, d, gone, c, i, keep, OF)
         u = tl.load(u_ptr + i * u_stride + c, c < columns, 0.)
-        lost = (c == i)[None, :] & (gone > 0)
-        e = tl.sum(tl.where(lost, w, 0.), 1) / tl.load(u_ptr + i * (u_stride + 1))
-        w = tl.where(lost, 0., w - e[:, None] * u[None, :])
+        w, e = _pass_on(w, gone, u, tl.load(u_ptr + i * (u_stride + 1)), c, i)
         tl.store(errors_ptr + tl.cast(i, tl.int64) * rows + r, e, r < rows)
     tl.store(w_at, w, here)
     tl.store(mask_at, (1 - gone).to(tl.uint8), here)
 
-# %% ../../nbs/api/28_sweep.ipynb #3ec6dccc
+# %% ../../nbs/api/28_sweep.ipynb #eac412be
 COLUMNS, MOST = 128, 32                  # columns a program holds, longest group of N:M
 
 def _launch(w: Tensor, u: Tensor, mask: Tensor, keep: int, of: int, rows: int = 4, warps: int = 1) -> Tensor: # (columns, out) errors
-    errors = torch.empty(w.size(1), len(w), dtype=w.dtype, device=w.device)
+    errors, block = torch.empty(w.size(1), len(w), dtype=w.dtype, device=w.device), max(16, triton.next_power_of_2(w.size(1)))
     with torch.cuda.device_of(w):
-        if w.numel(): _sweep_kernel[(triton.cdiv(len(w), rows),)](w, u, mask.view(torch.uint8), errors, len(w), w.size(1), w.stride(0), u.stride(0), keep, of, rows, max(16, triton.next_power_of_2(w.size(1))), num_warps=warps)
+        _sweep_kernel[(triton.cdiv(len(w), rows),)](w, u, mask.view(torch.uint8), errors, len(w), w.size(1), w.stride(0), u.stride(0), keep, of, rows, block, num_warps=warps)
     return errors
 
+# %% ../../nbs/api/28_sweep.ipynb #8a8cb899
+def _by_rows(u: Tensor) -> Tensor:
+    "The same matrix, neighbours of a row side by side."
+    return u if u.stride(1) == 1 else u.contiguous()
+
+# %% ../../nbs/api/28_sweep.ipynb #8eb36ee0
+def _fits(w: Tensor, u: Tensor, of: int) -> bool:
+    "Whether the kernel can sweep it; the rest goes to the twin."
+    return w.dtype == u.dtype == torch.float32 and of <= MOST and w.numel() > 0 and w.stride(1) == 1
+
+# %% ../../nbs/api/28_sweep.ipynb #dc818eb9
 def sweep_block_kernel(w: Tensor, u: Tensor, mask: Tensor, keep: int, of: int) -> tuple[Tensor, Tensor]:
     "What `sweep_block` does, in one launch for every 128 columns of a float32 weight."
-    if w.dtype != torch.float32 or u.dtype != w.dtype or of > MOST or not w.numel() or w.stride(1) != 1 or u.stride(1) != 1: return sweep_columns(w, u, mask, keep, of)
+    if not _fits(w, u, of): return sweep_columns(w, u, mask, keep, of)
     step, errors, masks = COLUMNS // max(1, of) * max(1, of), [], []
     for i in range(0, w.size(1), step):
-        part, own = w[:, i:i + step], mask[:, i:i + step].clone(memory_format=torch.contiguous_format)
-        e = _launch(part, u[i:i + step, i:i + step], own, keep, of)
-        w[:, i + step:].addmm_(e.t(), u[i:i + step, i + step:], alpha=-1)
-        errors.append(e)
-        masks.append(own)
+        j = i + step
+        masks.append(mask[:, i:j].clone(memory_format=torch.contiguous_format))
+        errors.append(_launch(w[:, i:j], _by_rows(u[i:j, i:j]), masks[-1], keep, of))
+        w[:, j:].addmm_(errors[-1].t(), u[i:j, j:], alpha=-1)
     return torch.cat(errors).t() if len(errors) > 1 else errors[0].t(), torch.cat(masks, 1) if len(masks) > 1 else masks[0]
 
 torch.library.impl('sparse_workbench::sweep_block', 'cuda', sweep_block_kernel)

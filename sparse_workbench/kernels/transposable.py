@@ -15,118 +15,35 @@ from torch import Tensor
 
 from ..patterns import best_squares, squares
 
-# %% ../../nbs/api/27_transposable.ipynb #4423e503
+# %% ../../nbs/api/27_transposable.ipynb #7faaf19f
+@triton.jit
+def _corner(t, across, stride, OF: tl.constexpr):
+    "Where the squares `t` begin."
+    return (t // across) * (OF * stride) + (t % across) * OF
+
+# %% ../../nbs/api/27_transposable.ipynb #3df3512d
+@triton.jit
+def _float_at(word, c, TYPE: tl.constexpr):
+    "The 16-bit float at place `c` of a word of four, as float32."
+    half = (word >> (16 * c)).to(tl.int32) & 0xffff
+    if TYPE == tl.bfloat16: x = (half << 16).to(tl.float32, bitcast=True)
+    else: x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return x
+
+# %% ../../nbs/api/27_transposable.ipynb #2f295532
 @triton.jit
 def _rows(x_ptr, at, here, stride, OF: tl.constexpr):
     "The OF × OF values of many squares, one tensor for each place."
     xs = ()
-    if OF == 4 and x_ptr.dtype.element_ty.primitive_bitwidth == 16:
-        for r in tl.static_range(OF):
+    for r in tl.static_range(OF):
+        if OF == 4 and x_ptr.dtype.element_ty.primitive_bitwidth == 16:
             word = tl.load((x_ptr + at + r * stride).to(tl.pointer_type(tl.int64)), here, 0)
-            for c in tl.static_range(OF):
-                half = (word >> (16 * c)).to(tl.int32) & 0xffff
-                if x_ptr.dtype.element_ty == tl.bfloat16: xs = xs + ((half << 16).to(tl.float32, bitcast=True),)  # type: ignore[assignment]
-                else: xs = xs + (half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),)  # type: ignore[assignment]
-    else:
-        for r in tl.static_range(OF):
+            for c in tl.static_range(OF): xs = xs + (_float_at(word, c, x_ptr.dtype.element_ty),)  # type: ignore[assignment]
+        else:
             for c in tl.static_range(OF): xs = xs + (tl.load(x_ptr + at + r * stride + c, here, 0).to(tl.float32),)  # type: ignore[assignment]
     return xs
 
-# %% ../../nbs/api/27_transposable.ipynb #7faaf19f
-@triton.jit
-def _exact_kernel(x_ptr, mask_ptr, squares, across, stride, COMBOS: tl.constexpr, PATTERNS: tl.constexpr, OF: tl.constexpr, MAGNITUDE: tl.constexpr, SQUARES: tl.constexpr):
-    "The best of all legal masks of each square, the first where several are best."
-    t = tl.program_id(0).to(tl.int64) * SQUARES + tl.arange(0, SQUARES)
-    here, at = t < squares, (t // across) * (OF * stride) + (t % across) * OF
-    xs, sums = _rows(x_ptr, at, here, stride, OF), ()
-    for r in tl.static_range(OF):
-        for q in tl.static_range(len(COMBOS)):
-            total = tl.zeros([SQUARES], tl.float32)
-            for c in tl.static_range(OF):
-                if (COMBOS[q] >> c) & 1: total += tl.abs(xs[r * OF + c]) if MAGNITUDE else xs[r * OF + c]
-            sums = sums + (total,)  # type: ignore[assignment]
-    best, code = tl.full([SQUARES], float('-inf'), tl.float32), tl.full([SQUARES], -1, tl.int32)
-    for m in tl.static_range(len(PATTERNS)):
-        total, bits = sums[PATTERNS[m] % 8], COMBOS[PATTERNS[m] % 8]
-        for r in tl.static_range(1, OF):
-            total += sums[r * len(COMBOS) + (PATTERNS[m] >> (3 * r)) % 8]
-            bits += COMBOS[(PATTERNS[m] >> (3 * r)) % 8] << (OF * r)
-        better = (total > best) | (code < 0)
-        best, code = tl.where(better, total, best), tl.where(better, bits, code)
-    for r in tl.static_range(OF):
-        row = code >> (OF * r)
-        if OF == 4: tl.store((mask_ptr + at + r * stride).to(tl.pointer_type(tl.int32)), (row & 1) | (row & 2) << 7 | (row & 4) << 14 | (row & 8) << 21, here)
-        else:
-            for c in tl.static_range(OF): tl.store(mask_ptr + at + r * stride + c, ((row >> c) & 1).to(tl.uint8), here)
-
-# %% ../../nbs/api/27_transposable.ipynb #8543d16a
-@triton.jit
-def _prices(x, valid, keep, SIDE: tl.constexpr, SWEEPS: tl.constexpr):
-    "Prices of the columns at which every row's choice of its best also fills every column, nearly: Newton steps at falling temperatures."
-    u, v = tl.sum(x, 2, keep_dims=True) * 0, tl.sum(x, 1, keep_dims=True) * 0
-    heat = 0.2
-    for _ in range(SWEEPS):
-        p = tl.where(valid, tl.sigmoid(tl.maximum((x - u - v) / heat, -80.)), 0.)
-        u += heat * tl.minimum(tl.maximum((tl.sum(p, 2, keep_dims=True) - keep) / (tl.sum(p * (1 - p), 2, keep_dims=True) + .1), -2.), 2.)
-        p = tl.where(valid, tl.sigmoid(tl.maximum((x - u - v) / heat, -80.)), 0.)
-        v += heat * tl.minimum(tl.maximum((tl.sum(p, 1, keep_dims=True) - keep) / (tl.sum(p * (1 - p), 1, keep_dims=True) + .1), -2.), 2.)
-        heat = tl.maximum(heat * 0.8, 0.02)
-    return v
-
-@triton.jit
-def _repair(y, s, valid, row, col, keep):
-    "Move choices from columns that have too many to columns that have too few, the cheapest first."
-    n = tl.sum(s, 1, keep_dims=True)
-    while tl.max(n) > keep:
-        give = tl.where((s > 0) & (n > keep), y, float('inf'))
-        take = tl.where((s == 0) & (n < keep) & valid, y, float('-inf'))
-        lost, gained = tl.min(give, 2, keep_dims=True), tl.max(take, 2, keep_dims=True)
-        from_, to = tl.argmin(give, 2, keep_dims=True), tl.argmax(take, 2, keep_dims=True)
-        gain = tl.where((lost < float('inf')) & (gained > float('-inf')), gained - lost, float('-inf'))
-        this = (row == tl.argmax(gain, 1, keep_dims=True)) & (gain > float('-inf'))
-        s = tl.where(this & (col == to), 1, tl.where(this & (col == from_), 0, s))
-        n = tl.sum(s, 1, keep_dims=True)
-    return s
-
-# %% ../../nbs/api/27_transposable.ipynb #0b0cd2a1
-@triton.jit
-def _exchange(x, s, valid, row, col, SIDE: tl.constexpr, ROUNDS: tl.constexpr):
-    "Pairs of rows exchange two columns while both together gain."
-    going, turn = 1, 0
-    while (going > 0) & (turn < ROUNDS):
-        before = s
-        for d in range(1, SIDE):
-            partner = tl.broadcast_to(row ^ d, x.shape)
-            other, theirs = tl.gather(x, partner, 1), tl.gather(s, partner, 1)
-            get = tl.where((s == 0) & (theirs > 0), x - other, float('-inf'))
-            give = tl.where((s > 0) & (theirs == 0), other - x, float('-inf'))
-            gain = tl.max(get, 2, keep_dims=True) + tl.max(give, 2, keep_dims=True)
-            win = gain > 1e-6
-            s = tl.where(win & (col == tl.argmax(get, 2, keep_dims=True)), 1, tl.where(win & (col == tl.argmax(give, 2, keep_dims=True)), 0, s))
-        going, turn = tl.max(tl.where(s != before, 1, 0)), turn + 1
-    return s
-
-# %% ../../nbs/api/27_transposable.ipynb #3df3512d
-@triton.jit(do_not_specialize=['keep'])
-def _search_kernel(x_ptr, mask_ptr, squares, across, stride, keep, OF: tl.constexpr, SIDE: tl.constexpr, MAGNITUDE: tl.constexpr,
-                   SQUARES: tl.constexpr, SWEEPS: tl.constexpr, ROUNDS: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64) * SQUARES + tl.arange(0, SQUARES)[:, None, None]
-    row, col = tl.arange(0, SIDE)[None, :, None], tl.arange(0, SIDE)[None, None, :]
-    valid = (t < squares) & (row < OF) & (col < OF)
-    at = ((t // across) * OF + row) * stride + (t % across) * OF + col
-    x = tl.load(x_ptr + at, valid, 0).to(tl.float32)
-    if MAGNITUDE: x = tl.abs(x)
-    x = x / tl.maximum(tl.max(tl.max(tl.abs(x), 2, keep_dims=True), 1, keep_dims=True), 1e-30)
-    y = tl.where(valid, x - _prices(x, valid, keep, SIDE, SWEEPS), float('-inf'))
-    lost = tl.zeros([SQUARES, SIDE, SIDE], tl.int32)
-    for k in range(SIDE):
-        rival = tl.max(tl.where(col == k, y, float('-inf')), 2, keep_dims=True)
-        lost += tl.where(k < col, rival >= y, rival > y).to(tl.int32)
-    s = tl.where(valid & (lost < keep), 1, 0)
-    s = _exchange(x, _repair(y, s, valid, row, col, keep), valid, row, col, SIDE, ROUNDS)
-    tl.store(mask_ptr + at, s.to(tl.uint8), valid)
-
-# %% ../../nbs/api/27_transposable.ipynb #9dd0ab4c
+# %% ../../nbs/api/27_transposable.ipynb #a6f8c418
 @cache
 def tables(keep: int, of: int) -> tuple[tuple[int, ...], tuple[int, ...]]: # choices of a row as bits; masks as octal digits, the choice of the first row last
     "The legal masks as constants of a kernel."
@@ -134,29 +51,188 @@ def tables(keep: int, of: int) -> tuple[tuple[int, ...], tuple[int, ...]]: # cho
     choices = sorted({row for m in masks for row in m})
     return tuple(choices), tuple(sum(choices.index(row) << 3 * r for r, row in enumerate(m)) for m in masks)
 
+# %% ../../nbs/api/27_transposable.ipynb #a6d859d9
+@triton.jit
+def _choice_sums(xs, COMBOS: tl.constexpr, OF: tl.constexpr, MAGNITUDE: tl.constexpr):
+    "What each choice of each row keeps: all choices of the first row, then all of the second."
+    sums = ()
+    for r in tl.static_range(OF):
+        for q in tl.static_range(len(COMBOS)):
+            total = tl.zeros_like(xs[0])
+            for c in tl.static_range(OF):
+                if (COMBOS[q] >> c) & 1: total += tl.abs(xs[r * OF + c]) if MAGNITUDE else xs[r * OF + c]
+            sums = sums + (total,)  # type: ignore[assignment]
+    return sums
+
+# %% ../../nbs/api/27_transposable.ipynb #6e1d7eed
+@triton.jit
+def _best_code(sums, COMBOS: tl.constexpr, PATTERNS: tl.constexpr, OF: tl.constexpr):
+    "The best of all legal masks of each square as bits, row after row, the first where several are best."
+    best, code = tl.full(sums[0].shape, float('-inf'), tl.float32), tl.full(sums[0].shape, -1, tl.int32)
+    for m in tl.static_range(len(PATTERNS)):
+        total, bits = sums[PATTERNS[m] % 8], COMBOS[PATTERNS[m] % 8]
+        for r in tl.static_range(1, OF):
+            total += sums[r * len(COMBOS) + (PATTERNS[m] >> (3 * r)) % 8]
+            bits += COMBOS[(PATTERNS[m] >> (3 * r)) % 8] << (OF * r)
+        better = (total > best) | (code < 0)
+        best, code = tl.where(better, total, best), tl.where(better, bits, code)
+    return code
+
+# %% ../../nbs/api/27_transposable.ipynb #36672daa
+@triton.jit
+def _write_code(mask_ptr, at, here, stride, code, OF: tl.constexpr):
+    "Write the bits of the squares that begin at `at` as bytes."
+    for r in tl.static_range(OF):
+        row = code >> (OF * r)
+        if OF == 4: tl.store((mask_ptr + at + r * stride).to(tl.pointer_type(tl.int32)), (row & 1) | (row & 2) << 7 | (row & 4) << 14 | (row & 8) << 21, here)
+        else:
+            for c in tl.static_range(OF): tl.store(mask_ptr + at + r * stride + c, ((row >> c) & 1).to(tl.uint8), here)
+
+# %% ../../nbs/api/27_transposable.ipynb #8ca990da
+@triton.jit
+def _exact_kernel(x_ptr, mask_ptr, squares, across, stride, COMBOS: tl.constexpr, PATTERNS: tl.constexpr, OF: tl.constexpr, MAGNITUDE: tl.constexpr, SQUARES: tl.constexpr):
+    "The best of all legal masks of each square, the first where several are best."
+    t = tl.program_id(0).to(tl.int64) * SQUARES + tl.arange(0, SQUARES)
+    here, at = t < squares, _corner(t, across, stride, OF)
+    sums = _choice_sums(_rows(x_ptr, at, here, stride, OF), COMBOS, OF, MAGNITUDE)
+    _write_code(mask_ptr, at, here, stride, _best_code(sums, COMBOS, PATTERNS, OF), OF)
+
+# %% ../../nbs/api/27_transposable.ipynb #b0067796
+@triton.jit
+def _chance(x, u, v, heat, valid):
+    "The probability that each is kept, at prices `u` of rows and `v` of columns."
+    return tl.where(valid, tl.sigmoid(tl.maximum((x - u - v) / heat, -80.)), 0.)
+
+# %% ../../nbs/api/27_transposable.ipynb #0dfbca22
+@triton.jit
+def _newton(p, keep, AXIS: tl.constexpr):
+    "How much to raise the prices along AXIS, in units of the temperature."
+    error, slope = tl.sum(p, AXIS, keep_dims=True) - keep, tl.sum(p * (1 - p), AXIS, keep_dims=True)
+    return tl.minimum(tl.maximum(error / (slope + .1), -2.), 2.)
+
+# %% ../../nbs/api/27_transposable.ipynb #61128d51
+@triton.jit
+def _prices(x, valid, keep, SIDE: tl.constexpr, SWEEPS: tl.constexpr):
+    "Prices of the columns at which every row's choice of its best also fills every column, nearly: Newton steps at falling temperatures."
+    u, v = tl.sum(x, 2, keep_dims=True) * 0, tl.sum(x, 1, keep_dims=True) * 0
+    heat = 0.2
+    for _ in range(SWEEPS):
+        u += heat * _newton(_chance(x, u, v, heat, valid), keep, 2)
+        v += heat * _newton(_chance(x, u, v, heat, valid), keep, 1)
+        heat = tl.maximum(heat * 0.8, 0.02)
+    return v
+
+# %% ../../nbs/api/27_transposable.ipynb #2329e0f8
+@triton.jit
+def _row_best(y, valid, col, keep, SIDE: tl.constexpr):
+    "The `keep` best of every row, as 0 and 1."
+    lost = tl.zeros(y.shape, tl.int32)
+    for k in range(SIDE):
+        rival = tl.max(tl.where(col == k, y, float('-inf')), 2, keep_dims=True)
+        lost += tl.where(k < col, rival >= y, rival > y).to(tl.int32)
+    return tl.where(valid & (lost < keep), 1, 0)
+
+# %% ../../nbs/api/27_transposable.ipynb #790b033c
+@triton.jit
+def _move(y, s, n, valid, row, col, keep):
+    "The cheapest move; `n` is how many each column has."
+    give = tl.where((s > 0) & (n > keep), y, float('inf'))
+    take = tl.where((s == 0) & (n < keep) & valid, y, float('-inf'))
+    lost, gained = tl.min(give, 2, keep_dims=True), tl.max(take, 2, keep_dims=True)
+    from_, to = tl.argmin(give, 2, keep_dims=True), tl.argmax(take, 2, keep_dims=True)
+    gain = tl.where((lost < float('inf')) & (gained > float('-inf')), gained - lost, float('-inf'))
+    this = (row == tl.argmax(gain, 1, keep_dims=True)) & (gain > float('-inf'))
+    return tl.where(this & (col == to), 1, tl.where(this & (col == from_), 0, s))
+
+# %% ../../nbs/api/27_transposable.ipynb #2c05f3e3
+@triton.jit
+def _repair(y, s, valid, row, col, keep):
+    "Move choices from columns that have too many to columns that have too few, the cheapest first."
+    n = tl.sum(s, 1, keep_dims=True)
+    while tl.max(n) > keep:
+        s = _move(y, s, n, valid, row, col, keep)
+        n = tl.sum(s, 1, keep_dims=True)
+    return s
+
+# %% ../../nbs/api/27_transposable.ipynb #70aedb10
+@triton.jit
+def _swap(x, s, partner, col):
+    "Each row exchanges two columns with its partner, where both together gain."
+    other, theirs = tl.gather(x, partner, 1), tl.gather(s, partner, 1)
+    get = tl.where((s == 0) & (theirs > 0), x - other, float('-inf'))
+    give = tl.where((s > 0) & (theirs == 0), other - x, float('-inf'))
+    win = tl.max(get, 2, keep_dims=True) + tl.max(give, 2, keep_dims=True) > 1e-6
+    return tl.where(win & (col == tl.argmax(get, 2, keep_dims=True)), 1, tl.where(win & (col == tl.argmax(give, 2, keep_dims=True)), 0, s))
+
+# %% ../../nbs/api/27_transposable.ipynb #0ca8d439
+@triton.jit
+def _exchange(x, s, row, col, SIDE: tl.constexpr, ROUNDS: tl.constexpr):
+    "Pairs of rows exchange two columns while both together gain."
+    going, turn = 1, 0
+    while (going > 0) & (turn < ROUNDS):
+        before = s
+        for d in range(1, SIDE): s = _swap(x, s, tl.broadcast_to(row ^ d, x.shape), col)
+        going, turn = tl.max(tl.where(s != before, 1, 0)), turn + 1
+    return s
+
+# %% ../../nbs/api/27_transposable.ipynb #0796b96a
+@triton.jit(do_not_specialize=['keep'])
+def _search_kernel(x_ptr, mask_ptr, squares, across, stride, keep, OF: tl.constexpr, SIDE: tl.constexpr, MAGNITUDE: tl.constexpr,
+                   SQUARES: tl.constexpr, SWEEPS: tl.constexpr, ROUNDS: tl.constexpr):
+    "A legal mask of each square by prices, repairs and exchanges."
+    t = tl.program_id(0).to(tl.int64) * SQUARES + tl.arange(0, SQUARES)[:, None, None]
+    row, col = tl.arange(0, SIDE)[None, :, None], tl.arange(0, SIDE)[None, None, :]
+    valid = (t < squares) & (row < OF) & (col < OF)
+    at = ((t // across) * OF + row) * stride + (t % across) * OF + col
+    x = tl.load(x_ptr + at, valid, 0).to(tl.float32)
+    if MAGNITUDE: x = tl.abs(x)
+    x = x / tl.maximum(tl.max(tl.max(tl.abs(x), 2, keep_dims=True), 1, keep_dims=True), 1e-30)
+    x = tl.where(x == x, x, 0.)                                            # with NaN no move would ever pay, and repairs never end
+    y = tl.where(valid, x - _prices(x, valid, keep, SIDE, SWEEPS), float('-inf'))
+    s = _repair(y, _row_best(y, valid, col, keep, SIDE), valid, row, col, keep)
+    tl.store(mask_ptr + at, _exchange(x, s, row, col, SIDE, ROUNDS).to(tl.uint8), valid)
+
+# %% ../../nbs/api/27_transposable.ipynb #7ea7541a
+def _sizes(of: int, per_program: int | None = None, warps: int | None = None) -> tuple[int, int]:
+    "Squares that a program takes, and its warps."
+    if of <= 4: return per_program or 128, warps or 4
+    cells = triton.next_power_of_2(of)**2
+    own = per_program or max(1, 256 // cells)
+    return own, warps or max(1, cells * own // 256)
+
+# %% ../../nbs/api/27_transposable.ipynb #68d07e9c
 def _launch(x: Tensor, # contiguous (rows, columns), cut into squares
             keep: int, of: int, magnitude: bool, per_program: int | None = None, warps: int | None = None) -> Tensor: # bool like x
-    mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    side, n, across = max(4, triton.next_power_of_2(of)), x.numel() // of**2, x.size(1) // of
-    own = per_program or (128 if of <= 4 else max(1, 256 // side**2))
-    args = x, mask.view(torch.uint8), n, across, x.size(1)
+    mask, n = torch.empty(x.shape, dtype=torch.bool, device=x.device), x.numel() // of**2
+    own, warps = _sizes(of, per_program, warps)
+    args = x, mask.view(torch.uint8), n, x.size(1) // of, x.size(1)
     with torch.cuda.device_of(x):
-        if n and of <= 4: _exact_kernel[(triton.cdiv(n, own),)](*args, *tables(keep, of), of, magnitude, own, num_warps=warps or 4)
-        elif n: _search_kernel[(triton.cdiv(n, own),)](*args, keep, of, side, magnitude, own, 12, 8, num_warps=warps or max(1, side**2 * own // 256))
+        if n and of <= 4: _exact_kernel[(triton.cdiv(n, own),)](*args, *tables(keep, of), of, magnitude, own, num_warps=warps)
+        elif n: _search_kernel[(triton.cdiv(n, own),)](*args, keep, of, triton.next_power_of_2(of), magnitude, own, 12, 8, num_warps=warps)
     return mask
 
+# %% ../../nbs/api/27_transposable.ipynb #4d2da296
+def _aligned(x: Tensor) -> Tensor: # contiguous, its first value at a multiple of 8 bytes
+    "A tensor the kernels can read."
+    x = x.contiguous()
+    return x if x.data_ptr() % 8 == 0 else x.clone()
+
+# %% ../../nbs/api/27_transposable.ipynb #f8d933da
 def _check(x: Tensor, keep: int, of: int) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32): raise TypeError(f"the transposable kernels take float16, bfloat16 or float32, not {x.dtype}")
     if not 0 < keep < of <= 32: raise ValueError(f"the transposable kernels keep 1 to `of` - 1 in squares up to 32, not {keep} of {of}")
 
-# %% ../../nbs/api/27_transposable.ipynb #62e0d3aa
+# %% ../../nbs/api/27_transposable.ipynb #682bba1e
 def square_keep_kernel(scores: Tensor, # (squares, of, of)
                        keep: int) -> Tensor: # bool (squares, of, of)
     "What `square_keep` computes, in one pass; float64, and squares beyond 32, go to its twin."
     if scores.dtype == torch.float64 or not 0 < keep < scores.size(1) <= 32: return best_squares(scores, keep)
     _check(scores, keep, scores.size(1))
-    return _launch(scores.contiguous().view(-1, scores.size(2)), keep, scores.size(1), False).view(scores.shape)
+    return _launch(_aligned(scores).view(-1, scores.size(2)), keep, scores.size(1), False).view(scores.shape)
 
+torch.library.impl('sparse_workbench::square_keep', 'cuda', square_keep_kernel)
+
+# %% ../../nbs/api/27_transposable.ipynb #676ba679
 def transposable_mask_magnitude(weight: Tensor, # (out, in), float16, bfloat16 or float32; `of` divides both
                                 keep: int, # kept in each row and each column of a square
                                 of: int, # side of the square, at most 32
@@ -164,6 +240,4 @@ def transposable_mask_magnitude(weight: Tensor, # (out, in), float16, bfloat16 o
     "A transposable N:M mask of large magnitudes, straight from the weight: the best up to 4 × 4. TypeError or ValueError for what it cannot take."
     _check(weight, keep, of)
     if weight.ndim != 2 or any(n % of for n in weight.shape): raise ValueError(f"a weight (out, in) of multiples of {of}, not {tuple(weight.shape)}: use transposable({keep}, {of}, tail='dense')")
-    return _launch(weight.detach().contiguous(), keep, of, True)
-
-torch.library.impl('sparse_workbench::square_keep', 'cuda', square_keep_kernel)
+    return _launch(_aligned(weight.detach()), keep, of, True)

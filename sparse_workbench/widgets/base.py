@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'MAPS', 'GONE', 'style', 'png', 'png_html', 'figure_html', 'asset', 'weakly', 'Gone', 'Dashboard', 'found',
            'control', 'fail', 'guarded', 'on', 'click', 'theme_class', 'opened', 'tree', 'close', 'present_cell',
-           'retire', 'bundle', 'picture', 'View', 'figure_twin', 'Job', 'start', 'gate', 'cancel', 'wait',
-           'work_through', 'each', 'post', 'deliver', 'said', 'job_bar', 'follow']
+           'retire', 'bundle', 'picture', 'View', 'figure_twin', 'Job', 'start', 'gate', 'cancel', 'deliver', 'post',
+           'each', 'work_through', 'wait', 'said', 'job_bar', 'follow']
 
 # %% ../../nbs/api/80_base.ipynb #e371f59c
 import asyncio
@@ -343,16 +343,36 @@ def cancel(job: Job) -> None:
     job._open.set()
 
 # %% ../../nbs/api/80_base.ipynb #90bb93b4
-def wait(job: Job, seconds: float = 60) -> str: # state
-    "Wait until it is over, and deliver what it gives meanwhile."
-    end = time.monotonic() + seconds
-    while job._thread is not None and job._thread.is_alive() and time.monotonic() < end:
-        job._thread.join(.01)
-        deliver(job)
-    deliver(job)
-    return job.state
+def deliver(job: Job) -> None:
+    "Hand the new items over; at the end, once, say that it is over."
+    with job._lock:
+        items = [job._fresh.popleft() for _ in range(len(job._fresh))]
+        if items: job.seen(items)
+        if job._over and not job._fresh:
+            job._over = False
+            job.ended(job)
 
-# %% ../../nbs/api/80_base.ipynb #fec04bb3
+# %% ../../nbs/api/80_base.ipynb #926720fe
+def post(job: Job, now: bool = False) -> None:
+    "Have the new items delivered, by the kernel's thread where there is one."
+    if not now and time.monotonic() - job._late < job.every: return
+    job._late = time.monotonic()
+    if job._loop is None: return deliver(job)
+    try: job._loop.call_soon_threadsafe(deliver, job)
+    except RuntimeError: job._stop.set()                # the kernel is shutting down
+
+# %% ../../nbs/api/80_base.ipynb #cb0af4bf
+def each(job: Job, items: Iterator) -> Any: # what the generator returns
+    "Take items until there are no more, or somebody cancels."
+    while not job._stop.is_set():
+        try: item = next(items)
+        except StopIteration as e: return e.value
+        job.done += 1
+        job._fresh.append(item)
+        post(job)
+        job._open.wait()
+
+# %% ../../nbs/api/80_base.ipynb #926edacb
 def work_through(job: Job) -> None:
     "What the thread does."
     out = None
@@ -366,37 +386,17 @@ def work_through(job: Job) -> None:
     job.seconds, job.state, job._over = time.monotonic() - job.began, state, True
     post(job, now=True)
 
-# %% ../../nbs/api/80_base.ipynb #926720fe
-def each(job: Job, items: Iterator) -> Any: # what the generator returns
-    "Take items until there are no more, or somebody cancels."
-    while not job._stop.is_set():
-        try: item = next(items)
-        except StopIteration as e: return e.value
-        job.done += 1
-        job._fresh.append(item)
-        post(job)
-        job._open.wait()
+# %% ../../nbs/api/80_base.ipynb #10acd9cd
+def wait(job: Job, seconds: float = 60) -> str: # state
+    "Wait until it is over, and deliver what it gives meanwhile."
+    end = time.monotonic() + seconds
+    while job._thread is not None and job._thread.is_alive() and time.monotonic() < end:
+        job._thread.join(.01)
+        deliver(job)
+    deliver(job)
+    return job.state
 
-# %% ../../nbs/api/80_base.ipynb #cb0af4bf
-def post(job: Job, now: bool = False) -> None:
-    "Have the new items delivered, by the kernel's thread where there is one."
-    if not now and time.monotonic() - job._late < job.every: return
-    job._late = time.monotonic()
-    if job._loop is None: return deliver(job)
-    try: job._loop.call_soon_threadsafe(deliver, job)
-    except RuntimeError: job._stop.set()                # the kernel is shutting down
-
-# %% ../../nbs/api/80_base.ipynb #ba095cc7
-def deliver(job: Job) -> None:
-    "Hand the new items over; at the end, once, say that it is over."
-    with job._lock:
-        items = [job._fresh.popleft() for _ in range(len(job._fresh))]
-        if items: job.seen(items)
-        if job._over and not job._fresh:
-            job._over = False
-            job.ended(job)
-
-# %% ../../nbs/api/80_base.ipynb #2ac23de1
+# %% ../../nbs/api/80_base.ipynb #de0f0942
 def said(job: Job) -> str:
     "One line on how far a job is."
     spent = (time.monotonic() - job.began if job.active else job.seconds) if job.began else 0.
@@ -404,7 +404,7 @@ def said(job: Job) -> str:
     many = f'{job.done:,}{f" of {job.total:,}" if job.total else ""} {job.items}'
     return f'{job.state}: {many}, {spent:.1f} s{left}' if job.state != 'failed' else f'failed after {many}'
 
-# %% ../../nbs/api/80_base.ipynb #31c8d76b
+# %% ../../nbs/api/80_base.ipynb #b0e1e0d1
 def job_bar(board: Dashboard, make: Callable[[], Job], # called at every start; its `seen` and `ended` may touch widgets
             label: str = 'Run') -> Any: # ipywidgets row; the present job is `board.job`
     "Start, pause, cancel, and a bar."
@@ -416,7 +416,9 @@ def job_bar(board: Dashboard, make: Callable[[], Job], # called at every start; 
         hold.description = '▶ Go on' if job.state == 'paused' else '❚❚ Pause'
         bar.value, text.value = (job.done / job.total if job.total else float(job.state == 'done')), said(job)
         if job.error is not None: fail(board, job.error)
-    def begin() -> None: board.job = follow(board, make(), show).start()
+    def begin() -> None:
+        board.job = follow(board, make(), show)     # known before its first item can come
+        board.job.start()
     def toggle() -> None:
         if board.job is None: return
         gate(board.job, board.job.state == 'paused')
@@ -429,7 +431,7 @@ def job_bar(board: Dashboard, make: Callable[[], Job], # called at every start; 
     row.run, row.hold, row.stop, row.bar, row.text = run, hold, stop, bar, text
     return row
 
-# %% ../../nbs/api/80_base.ipynb #1b8e4677
+# %% ../../nbs/api/80_base.ipynb #b6222158
 def follow(board: Dashboard, job: Job, show: Callable[[Job], None]) -> Job: # itself
     "Have a bar follow a job; what its own callbacks raise appears in the dashboard, and after a close nothing is drawn any more."
     def after(f: Callable) -> Callable:

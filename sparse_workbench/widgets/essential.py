@@ -10,14 +10,14 @@ __all__ = ['CRITERIA', 'ALLOCATIONS', 'PATTERNS', 'WORSE', 'BETTER', 'TOP', 'esc
            'tokens_html', 'scale_html', 'worst_html', 'first_difference', 'texts_html', 'Answers', 'answer_view',
            'picture', 'image_html', 'changed_html', 'alone', 'alone_points', 'heat_grid', 'short', 'kind_heads',
            'heat_cell', 'heat_html', 'Look', 'Study', 'key_of', 'point_key', 'have', 'measure_point', 'place', 'packed',
-           'unpacked', 'kept', 'wishes', 'look', 'look_kept', 'disk_key', 'dense_value', 'measure_layer', 'layer_key',
-           'rows_of', 'reading', 'chart_data', 'limits', 'chart_figure', 'num', 'point_html', 'chart_class', 'News',
-           'Explorer', 'finished', 'settle_all', 'add_method', 'next_color', 'load_kept', 'measure_missing', 'add_run',
-           'remove_line', 'lines_changed', 'moved', 'look_and_measure', 'walked', 'measure_layers', 'stop', 'go_on',
-           'measure_again', 'draw_chart', 'draw_point', 'draw_lines', 'draw_progress', 'draw_look', 'busy',
-           'present_looks', 'not_here', 'draw_texts', 'draw_tokens', 'draw_images', 'draw_layers', 'card', 'grid',
-           'adding', 'chart_card', 'side_card', 'text_card', 'words_cards', 'layers_card', 'Essential', 'build',
-           'begin', 'about', 'layers_figure', 'static_html', 'essential_explorer']
+           'unpacked', 'kept', 'disk_key', 'wishes', 'look', 'look_kept', 'dense_value', 'rows_of', 'layer_key',
+           'measure_layer', 'reading', 'limits', 'chart_data', 'chart_figure', 'num', 'point_html', 'chart_class',
+           'News', 'Explorer', 'finished', 'settle_all', 'add_method', 'next_color', 'load_kept', 'measure_missing',
+           'add_run', 'look_and_measure', 'moved', 'walked', 'lines_changed', 'remove_line', 'measure_layers', 'stop',
+           'go_on', 'measure_again', 'draw_chart', 'draw_point', 'draw_lines', 'draw_progress', 'busy', 'present_looks',
+           'not_here', 'draw_texts', 'draw_tokens', 'draw_images', 'draw_look', 'draw_layers', 'card', 'grid', 'adding',
+           'chart_card', 'side_card', 'text_card', 'words_cards', 'layers_card', 'begin', 'about', 'Essential', 'build',
+           'layers_figure', 'static_html', 'essential_explorer']
 
 # %% ../../nbs/api/82_essential.ipynb #8443e43a
 import asyncio
@@ -343,7 +343,7 @@ class Worst:
     pruned: float
     says: str       # what the pruned model expected instead
 
-# %% ../../nbs/api/82_essential.ipynb #1d5c023d
+# %% ../../nbs/api/82_essential.ipynb #f05f1028
 def worst_tokens(decode: Callable[[Any], str], a: Tokens, b: Tokens, n: int = 12) -> list[Worst]:
     "The tokens whose loss rose most, with their context."
     rise, out = (b.nll - a.nll).flatten(), []
@@ -355,7 +355,7 @@ def worst_tokens(decode: Callable[[Any], str], a: Tokens, b: Tokens, n: int = 12
         out.append(Worst(w, at, ''.join(parts[:i]), parts[i], ''.join(parts[i + 1:]), float(a.nll[w, t]), float(b.nll[w, t]), decode(b.best[w, t:t + 1])))
     return out
 
-# %% ../../nbs/api/82_essential.ipynb #84976697
+# %% ../../nbs/api/82_essential.ipynb #8b5f275d
 WORSE, BETTER, TOP = '209,113,28', '31,110,180', 4.     # colours as red, green, blue; nats at full depth
 esc = html.escape
 
@@ -363,14 +363,14 @@ def tint(x: float, top: float = TOP) -> str:
     "Background for a change: orange up, blue down, deeper for more."
     return f'rgba({WORSE if x > 0 else BETTER},{min(1., abs(x) / top) ** .7 * .8:.2f})'
 
-# %% ../../nbs/api/82_essential.ipynb #4cd8743c
+# %% ../../nbs/api/82_essential.ipynb #57cc6aed
 def spelled(token: str) -> str:
     "A token with its white space visible."
     inner = token.strip(' ')
     a, b = len(token) - len(token.lstrip(' ')), len(token) - len(token.rstrip(' '))
     return ('␣' * len(token) if not inner else '␣' * a + inner + '␣' * b).replace('\n', '⏎').replace('\t', '⇥')
 
-# %% ../../nbs/api/82_essential.ipynb #57cc6aed
+# %% ../../nbs/api/82_essential.ipynb #459e4f3a
 def tokens_html(decode: Callable[[Any], str], a: Tokens, b: Tokens, w: int) -> str:
     "One window of the text, every token coloured by how much its loss rose."
     parts, rise = pieces(decode, a.ids[w]), (b.nll - a.nll)[w].tolist()
@@ -382,13 +382,13 @@ def tokens_html(decode: Callable[[Any], str], a: Tokens, b: Tokens, w: int) -> s
         out.append(f'<span{color} title="{esc(says)}">{esc(mark)}</span>')
     return f'<pre class="es-tokens" tabindex="0" role="region" aria-label="text coloured by rise of the loss">{"".join(out)}</pre>'
 
-# %% ../../nbs/api/82_essential.ipynb #459e4f3a
+# %% ../../nbs/api/82_essential.ipynb #f8a90e06
 def scale_html(unit: str = 'nats') -> str:
     "What the colours mean."
     steps = ((-2, '−2'), (-.5, '−0.5'), (0, '0'), (.5, '+0.5'), (1, '+1'), (2, '+2'), (4, '≥ +4'))
     return f'<span class="es-scale es-small">change of the loss, {unit}: ' + ''.join(f'<span style="background:{tint(x)}">{t}</span>' for x, t in steps) + '</span>'
 
-# %% ../../nbs/api/82_essential.ipynb #f8a90e06
+# %% ../../nbs/api/82_essential.ipynb #e242ffe8
 def worst_html(worst: Sequence[Worst]) -> str:
     "The tokens that lost most, as a table."
     rows = [f'<tr><td class="es-num"><b>{x.pruned - x.dense:+.2f}</b></td><td class="es-num">{x.dense:.2f} → {x.pruned:.2f}</td>'
@@ -397,12 +397,12 @@ def worst_html(worst: Sequence[Worst]) -> str:
     head = ''.join(f'<th{c}>{t}</th>' for t, c in (('rise', ' class="es-num"'), ('loss (nats)', ' class="es-num"'), ('probability', ' class="es-num"'), ('in context', ''), ('it expects', '')))
     return f'<table class="es-table"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
-# %% ../../nbs/api/82_essential.ipynb #5c0f8c24
+# %% ../../nbs/api/82_essential.ipynb #4d24752d
 def first_difference(a: str, b: str) -> int:
     "How many characters two texts share from the beginning."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
-# %% ../../nbs/api/82_essential.ipynb #4d24752d
+# %% ../../nbs/api/82_essential.ipynb #ca1c4581
 def texts_html(prompt: str, whole: str, pruned: str, name: str) -> str:
     "Two continuations side by side."
     given = first_difference(prompt, whole)
@@ -415,7 +415,7 @@ def texts_html(prompt: str, whole: str, pruned: str, name: str) -> str:
     said = 'the same text' if whole == pruned else f'the same for {n} character{"s" * (n != 1)}, then different (tinted)'
     return f'<div class="es-pair">{one(whole, "dense model", False)}{one(pruned, name, True)}</div><div class="es-small">{said}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #3555295c
+# %% ../../nbs/api/82_essential.ipynb #d0617858
 @dataclass
 class Answers:
     "What a classifier says of every input: class, its probability, the label's probability."
@@ -433,7 +433,7 @@ def answer_view(model: nn.Module, e: Evaluate) -> Answers:
             found.append((y.cpu(), p.argmax(1), p.amax(1), p.gather(1, y.cpu()[:, None])[:, 0]))
     return Answers(*map(torch.cat, zip(*found)))
 
-# %% ../../nbs/api/82_essential.ipynb #5dd33f0c
+# %% ../../nbs/api/82_essential.ipynb #af8075bb
 def picture(x: Tensor, cifar: bool = False) -> Tensor | None: # uint8 (height, width, 3), or None when it is no image
     "An input as pixels: CIFAR's normalisation undone, else stretched to its own range."
     if x.ndim == 2: x = x[None]
@@ -443,7 +443,7 @@ def picture(x: Tensor, cifar: bool = False) -> Tensor | None: # uint8 (height, w
     else: x = (x - x.amin()) / (x.amax() - x.amin()).clamp_min(1e-9)
     return (x.clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0)
 
-# %% ../../nbs/api/82_essential.ipynb #af8075bb
+# %% ../../nbs/api/82_essential.ipynb #a8af54d5
 def image_html(pixels: Tensor, alt: str) -> str:
     "An `<img>` that carries its own bytes."
     import io
@@ -452,7 +452,7 @@ def image_html(pixels: Tensor, alt: str) -> str:
     imsave(out, pixels.contiguous().numpy(), format='png')
     return f'<img alt="{esc(alt)}" src="data:image/png;base64,{b64encode(out.getvalue()).decode()}">'
 
-# %% ../../nbs/api/82_essential.ipynb #a8af54d5
+# %% ../../nbs/api/82_essential.ipynb #78e0aeaf
 def changed_html(e: Evaluate, a: Answers, b: Answers, classes: Sequence[str] | None = None, most: int = 24) -> str:
     "The inputs whose answer changed, with what was said of them before and after."
     name = lambda k: classes[k] if classes and k < len(classes) else f'class {k}'
@@ -468,7 +468,7 @@ def changed_html(e: Evaluate, a: Answers, b: Answers, classes: Sequence[str] | N
     head = f'{len(other)} of {len(a.top)} answers changed: {broke} were right and are wrong (orange frame), {fixed} were wrong and are right (blue frame).'
     return f'<div class="es-small">{head}</div><div class="es-images" tabindex="0" role="region" aria-label="inputs whose answer changed">{"".join(out)}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #cce21e07
+# %% ../../nbs/api/82_essential.ipynb #a32be1f5
 ALONE = (.5, .7, .9)
 
 def alone(b: Bench, i: int, score: Score, pts: Sequence[tuple[float, Pattern]], base: float) -> list[float]: # for every sparsity
@@ -483,7 +483,7 @@ def alone(b: Bench, i: int, score: Score, pts: Sequence[tuple[float, Pattern]], 
             back()
     return out
 
-# %% ../../nbs/api/82_essential.ipynb #897a84f0
+# %% ../../nbs/api/82_essential.ipynb #5b046e4c
 def alone_points(m: Method) -> list[tuple[float, Pattern]]:
     "The sparsities of the heat map; of patterns that bring their own, three of them."
     pts = [x for x in wanted_points(m) if x[0] > 0]
@@ -491,33 +491,33 @@ def alone_points(m: Method) -> list[tuple[float, Pattern]]:
     if not own: return [(asked(Pattern(), s), pts[0][1]) for s in ALONE]
     return sorted({min(own, key=lambda x: abs(x[0] - s)) for s in ALONE}, key=lambda x: x[0])
 
-# %% ../../nbs/api/82_essential.ipynb #5b046e4c
+# %% ../../nbs/api/82_essential.ipynb #92c355ad
 def heat_grid(names: Sequence[str]) -> tuple[list[str], list[str]] | None: # blocks, kinds; None when the layers come in no blocks
     "Split names at their last number: blocks that hold the same kinds of layers."
     cut = [re.fullmatch(r'(.*?\d+)\.((?:(?!\d+\.).)*)', n.removesuffix('.weight')) for n in names]
     blocks, kinds = (list(dict.fromkeys(m[i] for m in cut if m)) for i in (1, 2))
     return (blocks, kinds) if all(cut) and len(blocks) > 1 and len(names) > .6 * len(blocks) * len(kinds) else None
 
-# %% ../../nbs/api/82_essential.ipynb #54389073
+# %% ../../nbs/api/82_essential.ipynb #26452482
 def short(names: Sequence[str]) -> list[str]:
     "Names without what all of them begin and end with."
     head, tail = os.path.commonprefix(names), os.path.commonprefix([n[::-1] for n in names])
     cut = [n[len(head):len(n) - len(tail)] for n in names]
     return cut if len(names) > 1 and all(cut) else list(names)
 
-# %% ../../nbs/api/82_essential.ipynb #95cead6e
+# %% ../../nbs/api/82_essential.ipynb #cdb9f5c9
 def kind_heads(kinds: Sequence[str]) -> list[str]:
     "The last part of each name where that tells them apart, else the whole."
     last = [k.rpartition('.')[2] for k in kinds]
     return short(last if len(set(last)) == len(last) else kinds)
 
-# %% ../../nbs/api/82_essential.ipynb #cdb9f5c9
+# %% ../../nbs/api/82_essential.ipynb #6f23fd65
 def heat_cell(name: str, s: float, x: float, top: float, unit: str) -> str:
     "One number on its colour."
     if math.isnan(x): return f'<td class="es-wait" title="{esc(name)}: not measured yet"></td>'
     return f'<td style="background:{tint(x, top)}" title="{esc(name)} alone at {s:.0%}: {x:+.4g} {esc(unit)}">{x:{"+.3f" if abs(x) < 9.9995 else "+.1f"}}</td>'
 
-# %% ../../nbs/api/82_essential.ipynb #6f23fd65
+# %% ../../nbs/api/82_essential.ipynb #526cfe68
 def heat_html(names: Sequence[str], at: Sequence[float], rise: Tensor, unit: str) -> str: # rise: (sites, sparsities), NaN = not measured yet
     "The sensitivity of every layer as tables of coloured numbers."
     known = rise[rise.isfinite()]
@@ -533,14 +533,14 @@ def heat_html(names: Sequence[str], at: Sequence[float], rise: Tensor, unit: str
                   + ''.join(row(h, [cell(f'{b}.{k}', j) for k in kinds]) for b, h in zip(blocks, short(blocks))) + '</table>' for j, s in enumerate(at)]
     return f'<div class="es-heats" tabindex="0" role="region" aria-label="sensitivity of the layers">{"".join(tables)}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #b6943764
+# %% ../../nbs/api/82_essential.ipynb #727ef8d7
 @dataclass
 class Look:
     "The model at one place of a curve: what it writes, and what it says of every token or input."
     texts: dict[tuple, str] = field(default_factory=dict)       # by prompt, tokens, temperature, seed
     view: Any = None # Tokens or Answers
 
-# %% ../../nbs/api/82_essential.ipynb #727ef8d7
+# %% ../../nbs/api/82_essential.ipynb #e35c815f
 class Study:
     "Lines, looks and layers of one model, and the thread that measures them."
     def __init__(self, lm: Pretrained, evaluate: Evaluate, calibration: Any = None, include: Any = None, ignore: Any = None, cache: str | Path | None = None,
@@ -562,7 +562,7 @@ class Study:
     def line(self, name: str) -> Line | None: return next((x for x in self.lines if x.name == name), None)
     def parts(self, m: Method) -> tuple[Score, Allocate]: return self.scores[m.criterion], self.allocations[m.allocation]
 
-# %% ../../nbs/api/82_essential.ipynb #32986734
+# %% ../../nbs/api/82_essential.ipynb #fdb58de8
 def key_of(st: Study, *what: Any) -> str:
     "Names a result: of these weights, this data, this method."
     if not st.bench.key: st.bench.key, st.bench.seen = digest(*st.bench.model.state_dict().values()), versions(sites(st.bench.model, *st.bench.which))
@@ -570,17 +570,17 @@ def key_of(st: Study, *what: Any) -> str:
     cal = st.bench.calibration
     return digest(st.bench.key, st.evaluate.hash, st.names, (getattr(cal, 'hash', None) or digest(*cal)) if needed and cal is not None else '', *what)
 
-# %% ../../nbs/api/82_essential.ipynb #fdb58de8
+# %% ../../nbs/api/82_essential.ipynb #5788afe0
 def point_key(st: Study, line: Line, s: float, p: Pattern) -> str:
     "Names one measured point."
     return key_of(st, *st.parts(line.method), s, p)
 
-# %% ../../nbs/api/82_essential.ipynb #5788afe0
+# %% ../../nbs/api/82_essential.ipynb #da9e1fc8
 def have(st: Study, key: str) -> bool:
     "Is the result in the folder?"
     return st.cache is not None and (Path(st.cache) / f'curve-{key}.json').exists()
 
-# %% ../../nbs/api/82_essential.ipynb #680e7ede
+# %% ../../nbs/api/82_essential.ipynb #f3a4f2bf
 def measure_point(st: Study, line: Line, s: float, p: Pattern) -> None:
     "Prune the copy and evaluate it, or read what the folder has."
     def make():
@@ -590,7 +590,7 @@ def measure_point(st: Study, line: Line, s: float, p: Pattern) -> None:
     line.got[s] = float(achieved), units
     settle(line, st.evaluate)
 
-# %% ../../nbs/api/82_essential.ipynb #d9ee3a3c
+# %% ../../nbs/api/82_essential.ipynb #3dcf9095
 def place(line: Line, x: float) -> Any: # (asked sparsity, pattern), or None for a run
     "What to prune to for a place on the curve: a measured point nearby, the nearest N:M pattern, or exactly that sparsity."
     if line.method is None: return None
@@ -599,19 +599,19 @@ def place(line: Line, x: float) -> Any: # (asked sparsity, pattern), or None for
     near = [s for s, (achieved, _) in list(line.got.items()) if abs(achieved - x) < 2e-3 or abs(s - x) < 2e-3]
     return near[0] if near else round(asked(Pattern(), x), 4), p
 
-# %% ../../nbs/api/82_essential.ipynb #326e1b58
+# %% ../../nbs/api/82_essential.ipynb #86a42745
 DENSE = (None, 0.)
 
 def packed(view: Tokens | Answers) -> dict[str, list]:
     "As JSON data."
     return {k: v.tolist() for k, v in vars(view).items()}
 
-# %% ../../nbs/api/82_essential.ipynb #4a7c8e15
+# %% ../../nbs/api/82_essential.ipynb #8be1efe6
 def unpacked(d: Mapping[str, list]) -> Tokens | Answers:
     "From JSON data."
     return (Tokens if 'ids' in d else Answers)(**{k: torch.tensor(v) for k, v in d.items()})
 
-# %% ../../nbs/api/82_essential.ipynb #76545306
+# %% ../../nbs/api/82_essential.ipynb #895ace45
 def kept(st: Study, key: str, make: Callable[[], Any]) -> Any: # JSON data
     "From the folder, or made and written to it."
     file = None if st.cache is None else Path(st.cache) / f'look-{key}.json'
@@ -622,7 +622,12 @@ def kept(st: Study, key: str, make: Callable[[], Any]) -> Any: # JSON data
         runs.write_whole(file, json.dumps(data))
     return data
 
-# %% ../../nbs/api/82_essential.ipynb #895ace45
+# %% ../../nbs/api/82_essential.ipynb #b1599712
+def disk_key(st: Study, *what: Any) -> str:
+    "The name of a file, where there is a folder."
+    return '' if st.cache is None else key_of(st, *what)
+
+# %% ../../nbs/api/82_essential.ipynb #8e161fa9
 def wishes(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> Iterator[tuple[tuple, str, tuple]]: # place, 'view' or 'text', what names it
     "What there is to see of the dense model and of this place."
     for key, name in ((DENSE, ()), ((line.method, s), (*st.parts(line.method), s, p))):
@@ -630,7 +635,7 @@ def wishes(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> Iter
         if st.kind: yield key, 'view', name
         if asked_text: yield key, 'text', (*name, asked_text)
 
-# %% ../../nbs/api/82_essential.ipynb #b1599712
+# %% ../../nbs/api/82_essential.ipynb #26799855
 def look(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
     "Fill in what is not known yet: the view of every token or input, and a text."
     for key, what, name in wishes(st, line, s, p, asked_text):
@@ -645,19 +650,14 @@ def look(st: Study, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
         if what == 'view' and at.view is None: at.view = unpacked(kept(st, disk_key(st, what, *name), lambda: make(lambda m: packed(see(m, st.evaluate)))))
         if what == 'text' and asked_text not in at.texts: at.texts[asked_text] = kept(st, disk_key(st, what, *name), lambda: make(lambda m: replace(st.lm, model=m).generate(*asked_text)))
 
-# %% ../../nbs/api/82_essential.ipynb #66a12e9d
+# %% ../../nbs/api/82_essential.ipynb #a0829f16
 def look_kept(st: Study, line: Line | None, at: float, asked_text: Any) -> None:
     "Read everything about a place, if the folder has all of it."
     if st.cache is None or line is None or line.method is None: return
     s, p = place(line, at)
     if all((Path(st.cache) / f'look-{disk_key(st, what, *name)}.json').exists() for _, what, name in wishes(st, line, s, p, asked_text)): look(st, line, s, p, asked_text)
 
-# %% ../../nbs/api/82_essential.ipynb #5272017d
-def disk_key(st: Study, *what: Any) -> str:
-    "The name of a file, where there is a folder."
-    return '' if st.cache is None else key_of(st, *what)
-
-# %% ../../nbs/api/82_essential.ipynb #6a4c6614
+# %% ../../nbs/api/82_essential.ipynb #12fbebe0
 def dense_value(st: Study) -> float:
     "The metric of the dense model."
     for x in st.lines:
@@ -665,25 +665,25 @@ def dense_value(st: Study) -> float:
     st.bench.dense()
     return mean(torch.as_tensor(st.evaluate(st.bench.copy)))
 
-# %% ../../nbs/api/82_essential.ipynb #5db3ebc6
+# %% ../../nbs/api/82_essential.ipynb #debbd307
+def rows_of(st: Study, m: Method) -> tuple[list[float], Tensor]:
+    "The heat map of a method, NaN where nothing was measured yet."
+    at = [s for s, _ in alone_points(m)]
+    return st.rise.setdefault((m.criterion, m.pattern), (at, torch.full((len(st.names), len(at)), math.nan, dtype=torch.double)))
+
+# %% ../../nbs/api/82_essential.ipynb #242611f5
+def layer_key(st: Study, m: Method, i: int) -> str:
+    "Names one row of the heat map."
+    return disk_key(st, 'layer', i, st.scores[m.criterion], alone_points(m))
+
+# %% ../../nbs/api/82_essential.ipynb #9eb79e05
 def measure_layer(st: Study, m: Method, i: int) -> None:
     "One row of the heat map."
     pts, score = alone_points(m), st.scores[m.criterion]
     make = lambda: [torch.tensor(alone(st.bench, i, score, pts, dense_value(st)), dtype=torch.double)]
     rows_of(st, m)[1][i], = stored(st.cache, layer_key(st, m, i), make)
 
-# %% ../../nbs/api/82_essential.ipynb #a0829f16
-def layer_key(st: Study, m: Method, i: int) -> str:
-    "Names one row of the heat map."
-    return disk_key(st, 'layer', i, st.scores[m.criterion], alone_points(m))
-
-# %% ../../nbs/api/82_essential.ipynb #c59ceaf8
-def rows_of(st: Study, m: Method) -> tuple[list[float], Tensor]:
-    "The heat map of a method, NaN where nothing was measured yet."
-    at = [s for s, _ in alone_points(m)]
-    return st.rise.setdefault((m.criterion, m.pattern), (at, torch.full((len(st.names), len(at)), math.nan, dtype=torch.double)))
-
-# %% ../../nbs/api/82_essential.ipynb #7dadafb8
+# %% ../../nbs/api/82_essential.ipynb #7127c8f8
 DASHES = ('', '7 3', '2 3', '9 3 2 3', '4 2', '1 3')
 
 def reading(e: Evaluate, shown: bool) -> tuple[str, str, Callable[[float], float]]: # axis label, unit, function of the metric
@@ -691,7 +691,16 @@ def reading(e: Evaluate, shown: bool) -> tuple[str, str, Callable[[float], float
     if shown and e.shown: return e.shown[0], e.shown[0], e.shown[1]
     return f'{e.metric} ({e.unit})', e.unit, float
 
-# %% ../../nbs/api/82_essential.ipynb #0ba63dbf
+# %% ../../nbs/api/82_essential.ipynb #7c7cfd5f
+def limits(e: Evaluate, shown: bool, ys: Sequence[float]) -> dict[str, Any]: # y0, y1, log
+    "The range of the quality axis: from 0 for shares, logarithmic and cut at a thousand times the best for perplexity."
+    if not ys: return dict(y0=0., y1=1., log=False)
+    low, high = min(ys), max(ys)
+    if shown and e.shown and low > 0: return dict(y0=low / 1.25, y1=max(min(low * 1000, high * 1.25), low * 1.5), log=True)
+    if e.higher: return dict(y0=0., y1=max(1e-9, high) * 1.05, log=False)
+    return dict(y0=low - .08 * (high - low) - 1e-9, y1=high + .05 * (high - low) + 1e-9, log=False)
+
+# %% ../../nbs/api/82_essential.ipynb #4272f99e
 def chart_data(st: Study, shown: bool) -> dict[str, Any]:
     "Points, intervals, knees and what is missing, ready for the axes."
     label, unit, f = reading(st.evaluate, shown)
@@ -704,16 +713,7 @@ def chart_data(st: Study, shown: bool) -> dict[str, Any]:
                         missing=[] if x.error else x.missing, busy=busy[:2] == ('point', x.name)))
     return dict(lines=out, ylabel=label, unit=unit, last=.99, **limits(st.evaluate, shown, [p[1] for x in out for p in x['points']]))
 
-# %% ../../nbs/api/82_essential.ipynb #a767ccc1
-def limits(e: Evaluate, shown: bool, ys: Sequence[float]) -> dict[str, Any]: # y0, y1, log
-    "The range of the quality axis: from 0 for shares, logarithmic and cut at a thousand times the best for perplexity."
-    if not ys: return dict(y0=0., y1=1., log=False)
-    low, high = min(ys), max(ys)
-    if shown and e.shown and low > 0: return dict(y0=low / 1.25, y1=max(min(low * 1000, high * 1.25), low * 1.5), log=True)
-    if e.higher: return dict(y0=0., y1=max(1e-9, high) * 1.05, log=False)
-    return dict(y0=low - .08 * (high - low) - 1e-9, y1=high + .05 * (high - low) + 1e-9, log=False)
-
-# %% ../../nbs/api/82_essential.ipynb #d16a00fb
+# %% ../../nbs/api/82_essential.ipynb #934db337
 def chart_figure(st: Study, shown: bool, at: float | None = None, follow: str = ''): # matplotlib figure
     "The same chart without a browser."
     from matplotlib.figure import Figure
@@ -734,12 +734,12 @@ def chart_figure(st: Study, shown: bool, at: float | None = None, follow: str = 
     if d['lines']: ax.legend(loc='lower left' if st.evaluate.higher else 'upper left')
     return ax.figure
 
-# %% ../../nbs/api/82_essential.ipynb #57ca9c3a
+# %% ../../nbs/api/82_essential.ipynb #5b22f368
 def num(v: float) -> str:
     "Four digits, or thousands with separators."
     return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
 
-# %% ../../nbs/api/82_essential.ipynb #7c7cfd5f
+# %% ../../nbs/api/82_essential.ipynb #6f449c73
 def point_html(st: Study, line: Line | None, x: float, shown: bool) -> str:
     "The numbers at one place of a curve."
     if line is None: return '<div class="es-small">Add a curve, then walk along it.</div>'
@@ -761,7 +761,7 @@ def point_html(st: Study, line: Line | None, x: float, shown: bool) -> str:
     return (f'<h4><span class="es-swatch es-c{line.color % 6}"></span>{esc(line.name)} at {x:.1%} zeros{esc(pattern)}</h4>'
             f'<div class="es-big">{num(f(v[0]))} <small>{esc(unit)}</small></div><table class="es-facts">{rows}</table>')
 
-# %% ../../nbs/api/82_essential.ipynb #f346509d
+# %% ../../nbs/api/82_essential.ipynb #a15c3eb0
 @cache
 def chart_class() -> type:
     "The chart as a widget: `data`, the place `at`, and the `line` that is followed."
@@ -774,7 +774,7 @@ def chart_class() -> type:
         line = traitlets.Unicode('').tag(sync=True)
     return Chart
 
-# %% ../../nbs/api/82_essential.ipynb #c9ddfb12
+# %% ../../nbs/api/82_essential.ipynb #0ad9f7d3
 class News:
     "Functions to call in the kernel's thread, at most one for each name."
     def __init__(self):
@@ -790,7 +790,7 @@ class News:
         with self.lock:
             while self.waiting and self.open: self.waiting.pop(next(iter(self.waiting)))()
 
-# %% ../../nbs/api/82_essential.ipynb #9de46b0b
+# %% ../../nbs/api/82_essential.ipynb #ad781a98
 RANK = dict(look=0, point=5, layer=8)
 
 class Explorer:
@@ -822,7 +822,7 @@ class Explorer:
         self.jobs.close()
         self.st.jobs = None
 
-# %% ../../nbs/api/82_essential.ipynb #31eecff4
+# %% ../../nbs/api/82_essential.ipynb #8f85833e
 def finished(x: Explorer, key: tuple, error: BaseException | None) -> None:
     "A job is over: draw what it changed, or say why it failed."
     x.tell({'point': 'chart', 'layer': 'layers', 'look': 'look'}[key[0]], 'point', 'lines', 'progress')
@@ -834,7 +834,7 @@ def finished(x: Explorer, key: tuple, error: BaseException | None) -> None:
     if key[0] == 'layer': x.jobs.drop(lambda k: k[0] == 'layer')
     x.news.tell('error', lambda: fail(x.board, error))
 
-# %% ../../nbs/api/82_essential.ipynb #30a7dc8a
+# %% ../../nbs/api/82_essential.ipynb #4c1c0ae8
 def settle_all(x: Explorer, seconds: float) -> bool: # whether nothing is left to do
     "Wait for the thread, and draw what it finds meanwhile."
     end = time.monotonic() + seconds
@@ -842,7 +842,7 @@ def settle_all(x: Explorer, seconds: float) -> bool: # whether nothing is left t
     x.news.deliver()
     return over
 
-# %% ../../nbs/api/82_essential.ipynb #8615a57c
+# %% ../../nbs/api/82_essential.ipynb #185a7d4c
 def add_method(x: Explorer, m: Method) -> Line:
     "A new curve: what the folder has at once, the rest in the background."
     if x.st.line(str(m)): raise ValueError(f'{m} is on the chart already')
@@ -853,12 +853,12 @@ def add_method(x: Explorer, m: Method) -> Line:
     lines_changed(x, line.name)
     return line
 
-# %% ../../nbs/api/82_essential.ipynb #aeab65fa
+# %% ../../nbs/api/82_essential.ipynb #78604f37
 def next_color(st: Study) -> int:
     "The first colour that no line has."
     return next(i for i in range(len(st.lines) + 1) if i not in {v.color for v in st.lines})
 
-# %% ../../nbs/api/82_essential.ipynb #659b8341
+# %% ../../nbs/api/82_essential.ipynb #d654478d
 def load_kept(st: Study, line: Line) -> None:
     "Every point that the folder has."
     if st.cache is None: return
@@ -870,14 +870,14 @@ def load_kept(st: Study, line: Line) -> None:
     for i in range(len(st.names)):
         if have(st, layer_key(st, line.method, i)): measure_layer(st, line.method, i)
 
-# %% ../../nbs/api/82_essential.ipynb #4c1c0ae8
+# %% ../../nbs/api/82_essential.ipynb #da064290
 def measure_missing(x: Explorer, line: Line) -> None:
     "Ask for every point that is not there yet, from coarse to fine."
     for i in coarse_to_fine(len(line.wanted)):
         s, p = line.wanted[i]
         if s not in line.got: x.jobs.ask(('point', line.name, s), RANK['point'], partial(measure_point, x.st, line, s, p))
 
-# %% ../../nbs/api/82_essential.ipynb #185a7d4c
+# %% ../../nbs/api/82_essential.ipynb #fbd17d22
 def add_run(x: Explorer, name: str) -> None:
     "The curves of a run of the store."
     if name not in x.found: raise ValueError('choose a run first; what the store holds is read when the list is opened again with "↻"')
@@ -888,14 +888,36 @@ def add_run(x: Explorer, name: str) -> None:
         x.st.lines.append(v)
     lines_changed(x, new[0].name if x.line is None else x.follow.value)
 
-# %% ../../nbs/api/82_essential.ipynb #78604f37
-def remove_line(x: Explorer, name: str) -> None:
-    "Take a curve off the chart."
-    x.jobs.drop(lambda k: k[:2] == ('point', name))
-    x.st.lines = [v for v in x.st.lines if v.name != name]
-    lines_changed(x, x.follow.value)
+# %% ../../nbs/api/82_essential.ipynb #a1175607
+def look_and_measure(x: Explorer, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
+    "What the model does at this place, then its exact number on the curve."
+    look(x.st, line, s, p, asked_text)
+    x.tell('look')
+    if s not in line.got and line in x.st.lines: measure_point(x.st, line, s, p)
 
-# %% ../../nbs/api/82_essential.ipynb #d654478d
+# %% ../../nbs/api/82_essential.ipynb #88f96f85
+def moved(x: Explorer, _: Any = None) -> None:
+    "The place changed: the numbers at once, the model there as soon as it is pruned."
+    if x.walking: return
+    x.chart.at, x.chart.line = x.sparsity.value, x.follow.value or ''
+    x.tell('point', 'look', 'layers')
+    if x.line is None or x.line.method is None: return
+    s, p = place(x.line, x.sparsity.value)
+    x.jobs.ask(('look',), RANK['look'], partial(look_and_measure, x, x.line, s, p, x.asked_text))
+
+# %% ../../nbs/api/82_essential.ipynb #8562f4ac
+def walked(x: Explorer, _: Any = None) -> None:
+    "The chart was clicked, or walked along with the keys."
+    at, line = x.chart.at, x.chart.line
+    if x.walking or (at, line) == (x.sparsity.value, x.follow.value): return
+    x.walking = True                # two controls move, and one place is meant
+    try:
+        if line in x.follow.options: x.follow.value = line
+        x.sparsity.value = at
+    finally: x.walking = False
+    moved(x)
+
+# %% ../../nbs/api/82_essential.ipynb #b5722e5a
 def lines_changed(x: Explorer, follow: str | None) -> None:
     "Rows, menu and chart after a curve came or went."
     import ipywidgets as W
@@ -922,36 +944,14 @@ def lines_changed(x: Explorer, follow: str | None) -> None:
     moved(x)
     x.tell('chart', 'lines', 'progress')
 
-# %% ../../nbs/api/82_essential.ipynb #3a591b05
-def moved(x: Explorer, _: Any = None) -> None:
-    "The place changed: the numbers at once, the model there as soon as it is pruned."
-    if x.walking: return
-    x.chart.at, x.chart.line = x.sparsity.value, x.follow.value or ''
-    x.tell('point', 'look', 'layers')
-    if x.line is None or x.line.method is None: return
-    s, p = place(x.line, x.sparsity.value)
-    x.jobs.ask(('look',), RANK['look'], partial(look_and_measure, x, x.line, s, p, x.asked_text))
+# %% ../../nbs/api/82_essential.ipynb #57e1c542
+def remove_line(x: Explorer, name: str) -> None:
+    "Take a curve off the chart."
+    x.jobs.drop(lambda k: k[:2] == ('point', name))
+    x.st.lines = [v for v in x.st.lines if v.name != name]
+    lines_changed(x, x.follow.value)
 
-# %% ../../nbs/api/82_essential.ipynb #9a872505
-def look_and_measure(x: Explorer, line: Line, s: float, p: Pattern, asked_text: Any) -> None:
-    "What the model does at this place, then its exact number on the curve."
-    look(x.st, line, s, p, asked_text)
-    x.tell('look')
-    if s not in line.got and line in x.st.lines: measure_point(x.st, line, s, p)
-
-# %% ../../nbs/api/82_essential.ipynb #bc6cea0b
-def walked(x: Explorer, _: Any = None) -> None:
-    "The chart was clicked, or walked along with the keys."
-    at, line = x.chart.at, x.chart.line
-    if x.walking or (at, line) == (x.sparsity.value, x.follow.value): return
-    x.walking = True                # two controls move, and one place is meant
-    try:
-        if line in x.follow.options: x.follow.value = line
-        x.sparsity.value = at
-    finally: x.walking = False
-    moved(x)
-
-# %% ../../nbs/api/82_essential.ipynb #88f96f85
+# %% ../../nbs/api/82_essential.ipynb #bea64cc6
 def measure_layers(x: Explorer) -> None:
     "Ask for the layers of the followed curve's method that are not measured yet."
     if x.line is None or x.line.method is None: raise ValueError('choose a curve that is measured here: layers of a run cannot be pruned')
@@ -960,13 +960,13 @@ def measure_layers(x: Explorer) -> None:
         if not rows_of(x.st, m)[1][i].isfinite().all(): x.jobs.ask(('layer', m, i), RANK['layer'], partial(measure_layer, x.st, m, i))
     x.tell('progress', 'layers')
 
-# %% ../../nbs/api/82_essential.ipynb #8562f4ac
+# %% ../../nbs/api/82_essential.ipynb #8ce81f43
 def stop(x: Explorer) -> None:
     "Call everything off; what was measured stays."
     x.jobs.drop(lambda k: True)
     x.tell('progress', 'chart')
 
-# %% ../../nbs/api/82_essential.ipynb #b5722e5a
+# %% ../../nbs/api/82_essential.ipynb #028e1b09
 def go_on(x: Explorer) -> None:
     "Ask again for what is missing."
     for v in x.st.lines:
@@ -975,7 +975,7 @@ def go_on(x: Explorer) -> None:
     moved(x)
     x.tell('chart', 'progress', 'lines')
 
-# %% ../../nbs/api/82_essential.ipynb #4aaf0162
+# %% ../../nbs/api/82_essential.ipynb #b7fb186a
 def measure_again(x: Explorer) -> None:
     "Forget what was measured, because the model is another one now."
     x.jobs.drop(lambda k: True)
@@ -986,24 +986,24 @@ def measure_again(x: Explorer) -> None:
         if v.method: v.got, v.rows, v.knee, v.says = {}, [], None, ''
     go_on(x)
 
-# %% ../../nbs/api/82_essential.ipynb #2e3390d5
+# %% ../../nbs/api/82_essential.ipynb #a6ae5b8a
 def draw_chart(x: Explorer) -> None:
     "Points as they come."
     x.chart.data = chart_data(x.st, x.shown)
 
-# %% ../../nbs/api/82_essential.ipynb #b3f9b17f
+# %% ../../nbs/api/82_essential.ipynb #a99aeabc
 def draw_point(x: Explorer) -> None:
     "The numbers at the place."
     x.point.value = point_html(x.st, x.line, x.sparsity.value, x.shown)
 
-# %% ../../nbs/api/82_essential.ipynb #028e1b09
+# %% ../../nbs/api/82_essential.ipynb #43b6e047
 def draw_lines(x: Explorer) -> None:
     "What is said of every curve."
     for v, row in zip(x.st.lines, x.rows.children):
         says = f'<span role="alert">{esc(v.error)}</span>' if v.error else esc(v.says or 'waiting')
         row.children[1].value = f'<div><span class="es-swatch es-c{v.color % 6}"></span>{esc(v.name)}</div><div class="es-small">{says}</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #b7fb186a
+# %% ../../nbs/api/82_essential.ipynb #1cf1fa1d
 def draw_progress(x: Explorer) -> None:
     "How much is still to do."
     j, lines = x.jobs, [v for v in x.st.lines if v.method]
@@ -1016,34 +1016,25 @@ def draw_progress(x: Explorer) -> None:
     active = bool(j.waiting) or j.running is not None
     x.stop.disabled, x.go.disabled = not active, active or not left
 
-# %% ../../nbs/api/82_essential.ipynb #0acefd0c
-def draw_look(x: Explorer) -> None:
-    "Text and tokens, or images, at the place; what the last place showed stays, paler, until this one is there."
-    whole, here = present_looks(x.st, x.line, x.sparsity.value)
-    ready, mine = bool(whole and here and whole.view and here.view), x.line is not None and x.line.method is not None
-    if x.st.kind == 'text': draw_texts(x, whole, here)
-    for w in (x.words, x.tokens) if x.st.kind == 'text' else (x.words,): busy(w, mine and not ready and bool(x.st.kind))
-    if ready or not mine or not x.words.value: (draw_tokens if x.st.kind == 'text' else draw_images)(x, whole, here)
-
-# %% ../../nbs/api/82_essential.ipynb #a6ae5b8a
+# %% ../../nbs/api/82_essential.ipynb #dd50751b
 def busy(widget: Any, waits: bool) -> None:
     "Paler while something newer is on its way."
     (widget.add_class if waits else widget.remove_class)('es-busy-now')
 
-# %% ../../nbs/api/82_essential.ipynb #a560edaa
+# %% ../../nbs/api/82_essential.ipynb #3ead139d
 def present_looks(st: Study, line: Line | None, at: float) -> tuple[Look | None, Look | None]: # dense, at this place
     "What is known of the model at a place."
     if line is None or line.method is None: return st.looks.get(DENSE), None
     s = place(line, at)[0]
     return st.looks.get(DENSE), st.looks.get(DENSE if s == 0 else (line.method, s))
 
-# %% ../../nbs/api/82_essential.ipynb #181a152f
+# %% ../../nbs/api/82_essential.ipynb #b3dc38bf
 def not_here(line: Line | None) -> str:
     "Why there is nothing to see."
     if line is not None and line.method is None: return '<div class="es-small">A run keeps numbers, not the pruned model. Choose a curve that is measured here to see what the model does.</div>'
     return '<div class="es-small">being measured …</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #1cf1fa1d
+# %% ../../nbs/api/82_essential.ipynb #5f45c57f
 def draw_texts(x: Explorer, whole: Look | None, here: Look | None) -> None:
     "What it writes."
     a, b = (v.texts.get(x.asked_text) if v else None for v in (whole, here))
@@ -1051,7 +1042,7 @@ def draw_texts(x: Explorer, whole: Look | None, here: Look | None) -> None:
     elif x.line is None or x.line.method is None or not x.texts.value: x.texts.value = not_here(x.line)
     busy(x.texts, b is None and x.line is not None and x.line.method is not None)
 
-# %% ../../nbs/api/82_essential.ipynb #dd50751b
+# %% ../../nbs/api/82_essential.ipynb #9770791a
 def draw_tokens(x: Explorer, whole: Look | None, here: Look | None) -> None:
     "Which tokens lost most, and one window of the text."
     if not (whole and here and whole.view and here.view):
@@ -1068,14 +1059,23 @@ def draw_tokens(x: Explorer, whole: Look | None, here: Look | None) -> None:
     x.menu_moves = False
     x.tokens.value = tokens_html(x.st.lm.decode, whole.view, here.view, menu[0][1] if x.window.value == -1 else x.window.value)
 
-# %% ../../nbs/api/82_essential.ipynb #1d889ed0
+# %% ../../nbs/api/82_essential.ipynb #4014058c
 def draw_images(x: Explorer, whole: Look | None, here: Look | None) -> None:
     "The inputs whose answer changed."
     if not x.st.kind: x.words.value = '<div class="es-small">This evaluation has no examples to show: tokens are shown for `perplexity`, inputs for `accuracy`.</div>'
     elif whole and here and whole.view and here.view: x.words.value = changed_html(x.st.evaluate, whole.view, here.view, x.classes)
     else: x.words.value = not_here(x.line)
 
-# %% ../../nbs/api/82_essential.ipynb #cc117282
+# %% ../../nbs/api/82_essential.ipynb #cec6e87e
+def draw_look(x: Explorer) -> None:
+    "Text and tokens, or images, at the place; what the last place showed stays, paler, until this one is there."
+    whole, here = present_looks(x.st, x.line, x.sparsity.value)
+    ready, mine = bool(whole and here and whole.view and here.view), x.line is not None and x.line.method is not None
+    if x.st.kind == 'text': draw_texts(x, whole, here)
+    for w in (x.words, x.tokens) if x.st.kind == 'text' else (x.words,): busy(w, mine and not ready and bool(x.st.kind))
+    if ready or not mine or not x.words.value: (draw_tokens if x.st.kind == 'text' else draw_images)(x, whole, here)
+
+# %% ../../nbs/api/82_essential.ipynb #2a3e1684
 def draw_layers(x: Explorer) -> None:
     "The heat map of the followed curve's method."
     m = x.line.method if x.line else None
@@ -1091,20 +1091,20 @@ def draw_layers(x: Explorer) -> None:
 
 DRAW = dict(chart=draw_chart, point=draw_point, lines=draw_lines, progress=draw_progress, look=draw_look, layers=draw_layers)
 
-# %% ../../nbs/api/82_essential.ipynb #5f45c57f
+# %% ../../nbs/api/82_essential.ipynb #c99608a4
 def card(title: str, *children: Any, note: str = '') -> Any:
     "A framed part of the page with a heading."
     import ipywidgets as W
     head = W.HTML(f'<h4>{esc(title)}</h4>' + (f'<div class="es-small">{esc(note)}</div>' if note else '')) if title else None
     return W.VBox([*([head] if head else []), *children]).add_class('es-card')
 
-# %% ../../nbs/api/82_essential.ipynb #9770791a
+# %% ../../nbs/api/82_essential.ipynb #11025f4f
 def grid(kind: str, *children: Any) -> Any:
     "Cards side by side, below each other where there is no room."
     import ipywidgets as W
     return W.Box(children).add_class('es-grid2').add_class(kind)
 
-# %% ../../nbs/api/82_essential.ipynb #0ba6e208
+# %% ../../nbs/api/82_essential.ipynb #e9856c06
 def adding(x: Explorer, patterns: Sequence[str], store: str | Path) -> Any:
     "Menus for another curve, or one from the store."
     import ipywidgets as W
@@ -1123,7 +1123,7 @@ def adding(x: Explorer, patterns: Sequence[str], store: str | Path) -> Any:
     x.board.guard(reread)()
     return W.HBox([*parts, plus, past, take, again]).add_class('sw-row')
 
-# %% ../../nbs/api/82_essential.ipynb #4014058c
+# %% ../../nbs/api/82_essential.ipynb #a4fb0086
 def chart_card(x: Explorer) -> Any:
     "The chart, and the place on it."
     import ipywidgets as W
@@ -1139,7 +1139,7 @@ def chart_card(x: Explorer) -> Any:
     x.board.on(x.axis, lambda _: x.tell('chart', 'point'))
     return card('', x.chart, x.sparsity, W.HBox([x.follow, x.axis]).add_class('sw-row'))
 
-# %% ../../nbs/api/82_essential.ipynb #7845ef80
+# %% ../../nbs/api/82_essential.ipynb #c53e8ae5
 def side_card(x: Explorer) -> Any:
     "Numbers, curves, and what is being measured."
     import ipywidgets as W
@@ -1149,7 +1149,7 @@ def side_card(x: Explorer) -> Any:
     x.anew = button('↻ Measure again', 'forget every point, because the weights have changed', lambda: measure_again(x))
     return W.VBox([card('', x.point), card('Curves', x.rows), card('In the background', x.progress, W.HBox([x.go, x.stop, x.anew]).add_class('sw-row'))]).add_class('es-side')
 
-# %% ../../nbs/api/82_essential.ipynb #cec6e87e
+# %% ../../nbs/api/82_essential.ipynb #4efbaff9
 def text_card(x: Explorer, prompt: str, tokens: int) -> Any:
     "What the model writes, and how it is asked."
     import ipywidgets as W
@@ -1163,7 +1163,7 @@ def text_card(x: Explorer, prompt: str, tokens: int) -> Any:
     for w in (x.prompt, x.length, x.heat, x.draw): x.board.on(w, partial(moved, x))
     return card('What it writes', x.prompt, W.HBox([x.length, x.heat, x.draw]).add_class('sw-row'), x.texts)
 
-# %% ../../nbs/api/82_essential.ipynb #2a3e1684
+# %% ../../nbs/api/82_essential.ipynb #d6377ebe
 def words_cards(x: Explorer) -> list[Any]:
     "Which tokens or inputs lost most."
     import ipywidgets as W
@@ -1173,7 +1173,7 @@ def words_cards(x: Explorer) -> list[Any]:
     x.board.on(x.window, lambda _: None if x.menu_moves else x.tell('look'))
     return [card('Where the loss rose', W.HBox([x.window]).add_class('sw-row'), x.tokens, W.HTML(scale_html())), card('Tokens that lost most', x.words)]
 
-# %% ../../nbs/api/82_essential.ipynb #e725fb36
+# %% ../../nbs/api/82_essential.ipynb #1e427754
 def layers_card(x: Explorer) -> Any:
     "The heat map, measured when asked for."
     import ipywidgets as W
@@ -1181,13 +1181,32 @@ def layers_card(x: Explorer) -> Any:
     x.board.click(x.sense, lambda: measure_layers(x))
     return card('Which layers break alone', W.HBox([x.sense]).add_class('sw-row'), x.layers)
 
-# %% ../../nbs/api/82_essential.ipynb #b432f99b
+# %% ../../nbs/api/82_essential.ipynb #78b41f35
+def begin(st: Study, curves: Sequence[Any]) -> None:
+    "The lines that the chart starts with."
+    for c in curves:
+        if isinstance(c, Curve):
+            d = c.frame()
+            st.lines.append(Line(c.label, next_color(st), rows=[tuple(map(float, r)) for r in d[['sparsity', c.metric, 'low', 'high']].to_numpy()], knee=c.knee, says=says(c)))
+        else:
+            m = c if isinstance(c, Method) else Method(*([c] if isinstance(c, str) else c))
+            st.lines.append(Line(str(m), next_color(st), m, wanted_points(m, st.sparsities)))
+
+# %% ../../nbs/api/82_essential.ipynb #eacb0a19
+def about(st: Study) -> str:
+    "What is measured, in one line."
+    e = st.evaluate
+    n = sum(len(b[0]) if isinstance(b, (tuple, list)) else len(b) for b in e.batches)
+    what = f'{n} windows of {e.batches[0].size(1)} tokens' if st.kind == 'text' else f'{n} inputs'
+    return f'{st.lm.name}: {st.weights:,} prunable weights in {len(st.names)} layers; {e.metric} in {e.unit} on {what}; one-shot pruning, no retraining; bands and knees: 95 % intervals'
+
+# %% ../../nbs/api/82_essential.ipynb #863b2686
 class Essential(Dashboard):
     "A dashboard with its `study`, what is known, and while it is open its `explorer`, the widgets."
     study: Study
     explorer: Any = None
 
-# %% ../../nbs/api/82_essential.ipynb #11025f4f
+# %% ../../nbs/api/82_essential.ipynb #81f867b3
 def build(st: Study, options: Mapping[str, Any], board: Any) -> Any: # ipywidgets body
     "The live form of a study."
     import ipywidgets as W
@@ -1209,26 +1228,7 @@ def build(st: Study, options: Mapping[str, Any], board: Any) -> Any: # ipywidget
         if v.method: measure_missing(x, v)
     return W.VBox([title, add, grid('es-top', chart, side), *first, layers]).add_class('es-root')
 
-# %% ../../nbs/api/82_essential.ipynb #e9856c06
-def begin(st: Study, curves: Sequence[Any]) -> None:
-    "The lines that the chart starts with."
-    for c in curves:
-        if isinstance(c, Curve):
-            d = c.frame()
-            st.lines.append(Line(c.label, next_color(st), rows=[tuple(map(float, r)) for r in d[['sparsity', c.metric, 'low', 'high']].to_numpy()], knee=c.knee, says=says(c)))
-        else:
-            m = c if isinstance(c, Method) else Method(*([c] if isinstance(c, str) else c))
-            st.lines.append(Line(str(m), next_color(st), m, wanted_points(m, st.sparsities)))
-
-# %% ../../nbs/api/82_essential.ipynb #41e20313
-def about(st: Study) -> str:
-    "What is measured, in one line."
-    e = st.evaluate
-    n = sum(len(b[0]) if isinstance(b, (tuple, list)) else len(b) for b in e.batches)
-    what = f'{n} windows of {e.batches[0].size(1)} tokens' if st.kind == 'text' else f'{n} inputs'
-    return f'{st.lm.name}: {st.weights:,} prunable weights in {len(st.names)} layers; {e.metric} in {e.unit} on {what}; one-shot pruning, no retraining; bands and knees: 95 % intervals'
-
-# %% ../../nbs/api/82_essential.ipynb #c53e8ae5
+# %% ../../nbs/api/82_essential.ipynb #628c6c5a
 def layers_figure(names: Sequence[str], at: Sequence[float], rise: Tensor, unit: str): # matplotlib figure
     "The heat map as a picture: one panel for each sparsity when the layers come in blocks, else one column."
     from matplotlib.figure import Figure
@@ -1248,7 +1248,7 @@ def layers_figure(names: Sequence[str], at: Sequence[float], rise: Tensor, unit:
     fig.colorbar(im, ax=axes, label=f'change ({unit})', fraction=.04)
     return fig
 
-# %% ../../nbs/api/82_essential.ipynb #4efbaff9
+# %% ../../nbs/api/82_essential.ipynb #77ee15e9
 def static_html(st: Study, options: Mapping[str, Any], board: Any) -> str:
     "Everything that is known now, as HTML that needs no kernel."
     x, s, e = board.explorer, board.settings, st.evaluate
@@ -1271,7 +1271,7 @@ def static_html(st: Study, options: Mapping[str, Any], board: Any) -> str:
         out.append('<h4>Which layers break alone</h4>' + figure_html(lambda: layers_figure(st.names, *known, e.unit), f'sensitivity of {len(st.names)} layers'))
     return ''.join(out) + '</div>'
 
-# %% ../../nbs/api/82_essential.ipynb #74202fc2
+# %% ../../nbs/api/82_essential.ipynb #6c0439d5
 def essential_explorer(lm: Pretrained | nn.Module, # from `zoo.load`, or any model together with `evaluate`; only read
                        evaluate: Evaluate | None = None, # what to measure; the model's own text or images when left out
                        calibration: Any = None, # batches or a Calibration, for criteria that need data

@@ -7,10 +7,10 @@ __all__ = ['OPTIMIZERS', 'COLOURS', 'PATTERNS', 'OWN', 'NONE', 'Recording', 'ser
            'read_table', 'renamed', 'read_recordings', 'recordings', 'named', 'save_recording', 'Task', 'Offer',
            'classifier', 'image_task', 'digits_task', 'fashion_task', 'language_task', 'offers', 'beat', 'train_step',
            'newest', 'held_out', 'training', 'record_run', 'training_recipes', 'run_name', 'Scale', 'scale_of', 'about',
-           'edges', 'short_names', 'loss_curves', 'record_at', 'draw_map', 'draw_curves', 'read_out', 'layer_of',
+           'edges', 'short_names', 'loss_curves', 'record_at', 'read_out', 'draw_map', 'draw_curves', 'layer_of',
            'panels', 'flow_figure', 'together', 'finish', 'canvas_data', 'scale_data', 'palette', 'canvas_class',
            'FlowDashboard', 'sides', 'twin', 'refresh', 'menus', 'place', 'choosers', 'fixed_sparsity', 'own_pattern',
-           'trainers', 'recipe_note', 'begin', 'arrived', 'over', 'shelf', 'build', 'flow_dashboard']
+           'recipe_note', 'arrived', 'over', 'begin', 'trainers', 'shelf', 'build', 'flow_dashboard']
 
 # %% ../../nbs/api/83_flow.ipynb #3e9917a4
 import copy
@@ -380,6 +380,18 @@ def record_at(steps: np.ndarray, step: float) -> int | None: # index; None after
     return i if i < len(steps) else None
 
 # %% ../../nbs/api/83_flow.ipynb #f3f17c6f
+def read_out(r: Recording, measure: str, cursor: Mapping[str, Any]) -> str:
+    "The values under the cursor in words; empty without one."
+    if 'step' not in cursor: return ''
+    said = []
+    for n, s, words in [(measure, cursor.get('layer', ''), str(cursor.get('layer', '')).removesuffix('.weight')), (measure, 'all', 'all layers'),
+                        *((n, '', n) for n in loss_curves(r)[:1]), ('learning rate', '', 'learning rate')]:
+        t, v = r.series(n, s)
+        i = record_at(t, cursor['step'])
+        if i is not None: said.append(f'{words} {v[i]:.3g}')
+    return f"step {cursor['step']}: " + (', '.join(said) or 'no record')
+
+# %% ../../nbs/api/83_flow.ipynb #1e9e5a51
 def draw_map(ax, r: Recording, measure: str, scale: Scale, cursor: Mapping[str, Any], c: Mapping[str, Any]) -> Any: # the mesh
     "Layers from the first (above) to the last, over steps."
     from matplotlib import colormaps
@@ -402,7 +414,7 @@ def draw_map(ax, r: Recording, measure: str, scale: Scale, cursor: Mapping[str, 
     if cursor.get('layer') in r.sites: ax.axhspan(*(r.sites.index(cursor['layer']) + np.array([0, 1])), fill=False, edgecolor=c['text'], lw=1.2)
     return drawn
 
-# %% ../../nbs/api/83_flow.ipynb #63a682eb
+# %% ../../nbs/api/83_flow.ipynb #7d5fc85e
 def draw_curves(ax, r: Recording, curves: Sequence[tuple[str, str, str]], c: Mapping[str, Any], color: str, log: bool = False) -> None:
     "Curves of one run: (measure, site, words)."
     for (n, s, words), ls in zip(curves, ('-', (0, (4, 2)), ':', '-.')):
@@ -412,18 +424,6 @@ def draw_curves(ax, r: Recording, curves: Sequence[tuple[str, str, str]], c: Map
     if log and any((line.get_ydata() > 0).any() for line in ax.lines): ax.set_yscale('log')
     elif curves[0][0] == 'learning rate' and ax.lines: ax.set_ylim(0, 1.15 * max(line.get_ydata().max() for line in ax.lines))
     if len(ax.lines) > 1: ax.legend(fontsize=7, ncols=2, loc='lower left', bbox_to_anchor=(-.01, .95), borderaxespad=.1, handlelength=1.8)
-
-# %% ../../nbs/api/83_flow.ipynb #443dcba6
-def read_out(r: Recording, measure: str, cursor: Mapping[str, Any]) -> str:
-    "The values under the cursor in words; empty without one."
-    if 'step' not in cursor: return ''
-    said = []
-    for n, s, words in [(measure, cursor.get('layer', ''), str(cursor.get('layer', '')).removesuffix('.weight')), (measure, 'all', 'all layers'),
-                        *((n, '', n) for n in loss_curves(r)[:1]), ('learning rate', '', 'learning rate')]:
-        t, v = r.series(n, s)
-        i = record_at(t, cursor['step'])
-        if i is not None: said.append(f'{words} {v[i]:.3g}')
-    return f"step {cursor['step']}: " + (', '.join(said) or 'no record')
 
 # %% ../../nbs/api/83_flow.ipynb #0e94c1d6
 def layer_of(runs: Iterable[Recording], cursor: Mapping[str, Any]) -> str:
@@ -538,12 +538,12 @@ class FlowDashboard(Dashboard):
     def shown(self) -> list[Recording]: return [r for r in sides(self) if r is not None] # the runs on the page
     def figure(self): return flow_figure(self.shown, self.settings['measure'], self.settings['colours'], self.cursor, self.dark) # matplotlib, of what is shown
 
-# %% ../../nbs/api/83_flow.ipynb #9bc4f4da
+# %% ../../nbs/api/83_flow.ipynb #4c2b69a9
 def sides(board: FlowDashboard) -> list[Recording | None]: # left, right
     "The chosen runs."
     return [board.runs.get(board.settings[k]) for k in ('left', 'right')]
 
-# %% ../../nbs/api/83_flow.ipynb #8d7ffd1b
+# %% ../../nbs/api/83_flow.ipynb #01a0964e
 def twin(board: Any) -> str: # HTML
     "The static form: a figure of what is shown, and what is shown."
     s = board.settings
@@ -552,7 +552,7 @@ def twin(board: Any) -> str: # HTML
     return f"<p><b>{words}</b> ({unit}). <small>{definition}</small></p>" + figure_html(
         lambda: flow_figure(board.shown, s['measure'], s['colours'], board.cursor), f"{words} of {' and '.join(r.name for r in board.shown)}, layer by layer over steps, above loss and learning rate")
 
-# %% ../../nbs/api/83_flow.ipynb #1213cbb6
+# %% ../../nbs/api/83_flow.ipynb #69c27791
 def refresh(board: FlowDashboard, _: Any = None) -> None:
     "Send what is shown to the page."
     if board.canvas is None: return
@@ -561,7 +561,7 @@ def refresh(board: FlowDashboard, _: Any = None) -> None:
         board.canvas.scale = scale_data(board.shown, board.settings['measure'], board.settings['colours'])
         board.canvas.left, board.canvas.right = canvas_data(left, board.settings['measure']), canvas_data(right, board.settings['measure'])
 
-# %% ../../nbs/api/83_flow.ipynb #21671033
+# %% ../../nbs/api/83_flow.ipynb #e779a3a5
 def menus(board: FlowDashboard) -> None:
     "Bring the menus of runs and measures up to date; what is chosen stays chosen."
     for k in ('left', 'right'):
@@ -574,7 +574,7 @@ def menus(board: FlowDashboard) -> None:
         w.options = options
         if kept in dict(options).values(): w.value = kept
 
-# %% ../../nbs/api/83_flow.ipynb #4cb53dc5
+# %% ../../nbs/api/83_flow.ipynb #84279ad5
 def place(board: FlowDashboard, name: str) -> None:
     "Show a run: beside the one that was started last."
     menus(board)
@@ -582,7 +582,7 @@ def place(board: FlowDashboard, name: str) -> None:
     side = next((k for k in ('left', 'right') if board.settings[k] == NONE), None) or ('right' if board.settings['left'] == last else 'left')
     board.controls[side].value = name
 
-# %% ../../nbs/api/83_flow.ipynb #8d02974e
+# %% ../../nbs/api/83_flow.ipynb #c5fc09b6
 def choosers(board: FlowDashboard) -> Any: # ipywidgets row
     "What is shown: two runs, a measure, its colours."
     import ipywidgets as W
@@ -595,13 +595,13 @@ def choosers(board: FlowDashboard) -> Any: # ipywidgets row
     for w in out: board.on(w, partial(refresh, board))
     return W.HBox(out).add_class('sw-row')
 
-# %% ../../nbs/api/83_flow.ipynb #c8d5ae18
+# %% ../../nbs/api/83_flow.ipynb #44819162
 def fixed_sparsity(recipe: str, pattern: str) -> tuple[str, float | None]: # the pattern in words, its sparsity if it fixes one
     "What the pattern of a run will be."
     p = own_pattern(recipe) if pattern == OWN else read_pattern(pattern)
     return repr(p), p.sparsity
 
-# %% ../../nbs/api/83_flow.ipynb #63233223
+# %% ../../nbs/api/83_flow.ipynb #a531027c
 def own_pattern(recipe: str) -> Pattern:
     "The pattern that a recipe takes by itself."
     import inspect
@@ -609,6 +609,45 @@ def own_pattern(recipe: str) -> Pattern:
     return read_pattern(p.default if p is not None else 'unstructured')
 
 # %% ../../nbs/api/83_flow.ipynb #449c10b5
+def recipe_note(name: str, pattern: str) -> str: # HTML
+    "Paper, summary and pattern of a recipe."
+    import html
+    r = recipes.REGISTER[name.rstrip('_')]
+    return f'<a href="{html.escape(r["url"])}" target="_blank" rel="noopener">{html.escape(r["title"])}</a>: {html.escape(r["recipe"].__doc__)} Pattern: {html.escape(pattern)}'
+
+# %% ../../nbs/api/83_flow.ipynb #8cdefb18
+def arrived(board: FlowDashboard, r: Recording, items: list[list[Row]]) -> None:
+    "New records of a live run; the first ones bring it onto the page."
+    for rows in items: r.add(rows)
+    r.state = f'step {r.last:,} of {r.total:,}'
+    if r.name not in board.runs:
+        board.runs[r.name] = r
+        board.fresh.append(r.name)
+        place(board, r.name)
+    refresh(board)
+
+# %% ../../nbs/api/83_flow.ipynb #057af548
+def over(board: FlowDashboard, r: Recording, job: Job) -> None:
+    "A live run has ended."
+    if job.error is not None: traceback.clear_frames(job.error.__traceback__)
+    r.state = dict(done=f'{r.last:,} steps', cancelled=f'stopped at step {r.last:,} of {r.total:,}').get(job.state, f'failed after step {r.last:,}')
+    r.total = r.last                                # the charts end where the run did
+    refresh(board)
+
+# %% ../../nbs/api/83_flow.ipynb #27c63978
+def begin(board: FlowDashboard) -> Job:
+    "A new run with the present settings, shown as it grows."
+    s, offer = board.settings, board.tasks[board.settings['task']]
+    how: dict[str, Any] = dict(optimizer=s['optimizer']) | ({} if s['pattern'] == OWN else dict(pattern=s['pattern']))
+    if (fixed := fixed_sparsity(s['recipe'], s['pattern'])[1]) is None: how['sparsity'] = s['sparsity']
+    first = run_name(s['recipe'], how.get('pattern') or (f'{fixed:.0%}' if fixed else None), how.get('sparsity'), s['task'])
+    r = Recording(next(n for n in chain([first], (f'{first} ({i})' for i in count(2))) if n not in board.runs), total=s['steps'])
+    board.rate = s['rate']
+    recipe, steps = training_recipes()[s['recipe']], s['steps']
+    def work() -> Iterator[list[Row]]: yield from training(offer.make(), recipe, steps, lambda: board.rate, **how)
+    return Job(work, total=steps // beat(steps), items='records', seen=partial(arrived, board, r), ended=partial(over, board, r))
+
+# %% ../../nbs/api/83_flow.ipynb #2e6d64f3
 def trainers(board: FlowDashboard) -> Any: # ipywidgets box
     "What is trained: task, recipe, pattern, sparsity, optimizer, steps, and a learning rate that may move while it runs."
     import ipywidgets as W
@@ -635,46 +674,7 @@ def trainers(board: FlowDashboard) -> Any: # ipywidgets box
     rows = [W.HBox(ws).add_class('sw-row') for ws in ([task, recipe, pattern, sparsity], [optimizer, steps, rate, bar])]
     return W.VBox([rows[0], note, rows[1]]).add_class('swf-train')
 
-# %% ../../nbs/api/83_flow.ipynb #e76224ff
-def recipe_note(name: str, pattern: str) -> str: # HTML
-    "Paper, summary and pattern of a recipe."
-    import html
-    r = recipes.REGISTER[name.rstrip('_')]
-    return f'<a href="{html.escape(r["url"])}" target="_blank" rel="noopener">{html.escape(r["title"])}</a>: {html.escape(r["recipe"].__doc__)} Pattern: {html.escape(pattern)}'
-
-# %% ../../nbs/api/83_flow.ipynb #87377ecd
-def begin(board: FlowDashboard) -> Job:
-    "A new run with the present settings, shown as it grows."
-    s, offer = board.settings, board.tasks[board.settings['task']]
-    how: dict[str, Any] = dict(optimizer=s['optimizer']) | ({} if s['pattern'] == OWN else dict(pattern=s['pattern']))
-    if (fixed := fixed_sparsity(s['recipe'], s['pattern'])[1]) is None: how['sparsity'] = s['sparsity']
-    first = run_name(s['recipe'], how.get('pattern') or (f'{fixed:.0%}' if fixed else None), how.get('sparsity'), s['task'])
-    r = Recording(next(n for n in chain([first], (f'{first} ({i})' for i in count(2))) if n not in board.runs), total=s['steps'])
-    board.rate = s['rate']
-    recipe, steps = training_recipes()[s['recipe']], s['steps']
-    def work() -> Iterator[list[Row]]: yield from training(offer.make(), recipe, steps, lambda: board.rate, **how)
-    return Job(work, total=steps // beat(steps), items='records', seen=partial(arrived, board, r), ended=partial(over, board, r))
-
-# %% ../../nbs/api/83_flow.ipynb #057af548
-def arrived(board: FlowDashboard, r: Recording, items: list[list[Row]]) -> None:
-    "New records of a live run; the first ones bring it onto the page."
-    for rows in items: r.add(rows)
-    r.state = f'step {r.last:,} of {r.total:,}'
-    if r.name not in board.runs:
-        board.runs[r.name] = r
-        board.fresh.append(r.name)
-        place(board, r.name)
-    refresh(board)
-
-# %% ../../nbs/api/83_flow.ipynb #27c63978
-def over(board: FlowDashboard, r: Recording, job: Job) -> None:
-    "A live run has ended."
-    if job.error is not None: traceback.clear_frames(job.error.__traceback__)
-    r.state = dict(done=f'{r.last:,} steps', cancelled=f'stopped at step {r.last:,} of {r.total:,}').get(job.state, f'failed after step {r.last:,}')
-    r.total = r.last                                # the charts end where the run did
-    refresh(board)
-
-# %% ../../nbs/api/83_flow.ipynb #fa30f2d2
+# %% ../../nbs/api/83_flow.ipynb #fb420fcb
 def shelf(board: FlowDashboard) -> Any: # ipywidgets row
     "Save live runs, load recorded ones."
     import ipywidgets as W
@@ -698,7 +698,7 @@ def shelf(board: FlowDashboard) -> Any: # ipywidgets row
     board.click(save, keep)
     return W.HBox([path, load, save, said]).add_class('sw-row')
 
-# %% ../../nbs/api/83_flow.ipynb #cd01f9d4
+# %% ../../nbs/api/83_flow.ipynb #11cc3172
 def build(board: Any) -> Any: # ipywidgets box
     "The live form."
     import ipywidgets as W
@@ -712,7 +712,7 @@ def build(board: Any) -> Any: # ipywidgets box
     refresh(board)
     return body
 
-# %% ../../nbs/api/83_flow.ipynb #8b975fba
+# %% ../../nbs/api/83_flow.ipynb #65c846e9
 def flow_dashboard(records: Any = None, # Recording, GradientFlow, rows, data frame, file, folder, or {name: any of these}
                    *, measure: str = 'through_pruned', # the first one shown
                    store: str | Path = 'flows', # folder for new runs; the one that was given as records, if it was one

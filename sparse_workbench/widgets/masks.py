@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TILE', 'ALLOCATIONS', 'READING', 'LARGE', 'RECORDED', 'NONE', 'PATTERNS', 'Ranked', 'cut_at', 'seat', 'rank',
-           'unfolded', 'index_of', 'extent', 'pooled', 'eighths', 'column_sums', 'Plane', 'Scene', 'differing',
-           'density', 'overlap', 'ranges', 'tile', 'probe', 'histogram', 'threshold', 'logical', 'chosen', 'available',
+           'unfolded', 'index_of', 'extent', 'pooled', 'eighths', 'column_sums', 'Plane', 'differing', 'Scene',
+           'density', 'overlap', 'ranges', 'tile', 'probe', 'logical', 'threshold', 'histogram', 'chosen', 'available',
            'achieved', 'MaskRecord', 'record_masks', 'Desk', 'sites_of', 'ranked', 'asked_of', 'launch', 'mask_of',
            'second', 'earlier', 'look', 'structure', 'tints', 'ramps', 'facts', 'label_of', 'canvas_class',
-           'layers_class', 'answer', 'refresh', 'measure', 'controls', 'picker', 'build', 'heat', 'counts',
-           'layer_bars', 'twin_figure', 'table', 'twin', 'mask_explorer']
+           'layers_class', 'answer', 'measure', 'refresh', 'controls', 'picker', 'build', 'heat', 'counts',
+           'layer_bars', 'table', 'twin_figure', 'twin', 'mask_explorer']
 
 # %% ../../nbs/api/81_masks.ipynb #4dec125c
 import html
@@ -149,6 +149,11 @@ class Plane:
         return (pooled(self.coarse(x).float(), side, side).cpu() / (extent(x.size(0), z)[:, None] * extent(x.size(1), z)))
 
 # %% ../../nbs/api/81_masks.ipynb #77891d27
+def differing(a: Tensor, b: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    "Where two masks agree and where only one of them keeps."
+    if b is not None: yield from (('both', a & b), ('first', a & ~b), ('second', b & ~a))
+
+# %% ../../nbs/api/81_masks.ipynb #a1a67508
 class Scene:
     "One weight, its scores, its mask, and perhaps another mask to compare with."
     def __init__(self, site: Site, ranked: Ranked, mask: Tensor, other: Tensor | None = None, kept: Tensor | None = None, # as `show` takes them
@@ -173,18 +178,13 @@ class Scene:
     def overlap(self) -> dict[str, float]: return overlap(self.mask, self.other) # of the two masks
     def histogram(self, bins: int = 64) -> dict[str, Any]: return histogram(self, bins) # of what competes
 
-# %% ../../nbs/api/81_masks.ipynb #f008ccb8
-def differing(a: Tensor, b: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    "Where two masks agree and where only one of them keeps."
-    if b is not None: yield from (('both', a & b), ('first', a & ~b), ('second', b & ~a))
-
-# %% ../../nbs/api/81_masks.ipynb #ba43c4fc
+# %% ../../nbs/api/81_masks.ipynb #f2b9f5bc
 def density(plane: Plane) -> tuple[Tensor, Tensor]: # (rows,), (columns,) float
     "Kept fraction of every row and of every column."
     rows, cols = plane.x.shape
     return plane.eights.sum(1, dtype=torch.int32) / max(1, cols), column_sums(plane.x) / max(1, rows)
 
-# %% ../../nbs/api/81_masks.ipynb #835b249e
+# %% ../../nbs/api/81_masks.ipynb #52f0978c
 def overlap(a: Tensor, b: Tensor | None) -> dict[str, float]: # overlap, jaccard, differ: fractions; {} without a second mask
     "How much two masks agree."
     if b is None: return {}
@@ -192,7 +192,7 @@ def overlap(a: Tensor, b: Tensor | None) -> dict[str, float]: # overlap, jaccard
     either = na + nb - both
     return dict(overlap=both / max(1, na), jaccard=both / max(1, either), differ=(either - both) / max(1, a.numel()))
 
-# %% ../../nbs/api/81_masks.ipynb #ee8e6d35
+# %% ../../nbs/api/81_masks.ipynb #f1341f7a
 def ranges(s: Scene) -> dict[str, tuple[float, float]]: # by mode and level
     "Colour ranges between the first and the last percentile at every level; signed ranges are symmetric."
     def span(x: Tensor) -> tuple[float, float]:
@@ -208,7 +208,7 @@ def ranges(s: Scene) -> dict[str, tuple[float, float]]: # by mode and level
             out[f'{mode}, {z}'] = lo, hi
     return out
 
-# %% ../../nbs/api/81_masks.ipynb #c4581c8c
+# %% ../../nbs/api/81_masks.ipynb #68015ff0
 def tile(s: Scene, mode: str, z: int, y: int, x: int) -> np.ndarray: # uint8 (planes, ≤ TILE, ≤ TILE)
     "The square (y, x) of level z, ready to be coloured."
     if mode in ('mask', 'difference'):
@@ -218,7 +218,7 @@ def tile(s: Scene, mode: str, z: int, y: int, x: int) -> np.ndarray: # uint8 (pl
     part = s.planes[mode].part(z, y * TILE, x * TILE)
     return ((part - lo) * (255 / (hi - lo))).clamp(0, 255).round().to(torch.uint8).numpy()[None]
 
-# %% ../../nbs/api/81_masks.ipynb #2a9d1166
+# %% ../../nbs/api/81_masks.ipynb #ff97053d
 def probe(s: Scene, row: int, col: int) -> dict[str, Any]:
     "Index, value, score, rank and verdict of one weight."
     place = rank(s.ranked, row, col)
@@ -226,7 +226,22 @@ def probe(s: Scene, row: int, col: int) -> dict[str, Any]:
                 score=float(s.planes['score'].x[row, col]), rank=place and place[0], of=place and place[1], kept=bool(s.mask[row, col]),
                 other=None if s.other is None else bool(s.other[row, col]))
 
-# %% ../../nbs/api/81_masks.ipynb #6f9783f5
+# %% ../../nbs/api/81_masks.ipynb #3b51e351
+def logical(s: Scene) -> Tensor: # bool like the weight
+    "The mask before it was unfolded."
+    if len(s.ranked.shape) == 2: return s.mask
+    out, inner, *kernel = s.ranked.shape
+    return s.mask.reshape(out, inner, *kernel) if s.layout == 'flat' else s.mask.reshape(out, -1, inner).transpose(1, 2).reshape(s.ranked.shape)
+
+# %% ../../nbs/api/81_masks.ipynb #27690d0a
+def threshold(s: Scene, size: int) -> float | None:
+    "The score of the last competitor that stays; None where every group has its own, or the mask comes from elsewhere."
+    r = s.ranked
+    if s.kept is None or len(r.folded) != 1: return None
+    d = int(drops(r.pattern, 1, r.folded.size(1), s.sparsity))
+    return float(np.sort(r.folded.numpy()[0])[d] if r.short else r.order[0, d]) / size if 0 < d < r.folded.size(1) else None
+
+# %% ../../nbs/api/81_masks.ipynb #7ba4dd13
 def histogram(s: Scene, bins: int = 64) -> dict[str, Any]: # edges, kept and pruned counts, threshold, what is counted
     "Counts of what competes (weights, or mean scores of tiles), of 2^18 at most, and the value at the cut where there is one."
     r, g = s.ranked, geometry(s.ranked.pattern, s.ranked.shape)
@@ -239,22 +254,7 @@ def histogram(s: Scene, bins: int = 64) -> dict[str, Any]: # edges, kept and pru
     return dict(edges=edges.tolist(), kept=counts[0], pruned=counts[1], threshold=threshold(s, size), counted=f.size, of=r.folded.numel(),
                 what='weights' if size == 1 else f'tiles of {g.r} × {g.c}')
 
-# %% ../../nbs/api/81_masks.ipynb #040d251b
-def threshold(s: Scene, size: int) -> float | None:
-    "The score of the last competitor that stays; None where every group has its own, or the mask comes from elsewhere."
-    r = s.ranked
-    if s.kept is None or len(r.folded) != 1: return None
-    d = int(drops(r.pattern, 1, r.folded.size(1), s.sparsity))
-    return float(np.sort(r.folded.numpy()[0])[d] if r.short else r.order[0, d]) / size if 0 < d < r.folded.size(1) else None
-
-# %% ../../nbs/api/81_masks.ipynb #1b59ad07
-def logical(s: Scene) -> Tensor: # bool like the weight
-    "The mask before it was unfolded."
-    if len(s.ranked.shape) == 2: return s.mask
-    out, inner, *kernel = s.ranked.shape
-    return s.mask.reshape(out, inner, *kernel) if s.layout == 'flat' else s.mask.reshape(out, -1, inner).transpose(1, 2).reshape(s.ranked.shape)
-
-# %% ../../nbs/api/81_masks.ipynb #ec6f3725
+# %% ../../nbs/api/81_masks.ipynb #0f20d037
 def chosen(ss: Sequence[Site], query: str # '' for all, part of a name, glob, 're:…', or a type of module
            ) -> list[int]: # positions of those that match
     "Which layers a filter means; ValueError when a regular expression is wrong."
@@ -263,7 +263,7 @@ def chosen(ss: Sequence[Site], query: str # '' for all, part of a name, glob, 'r
     try: return [i for i, s in enumerate(ss) if not q or matches(q, s.name.removesuffix('.' + s.param), s.name, s.module) or q.lower() in s.name.lower()]
     except re.error as e: raise ValueError(f"{q[3:]!r} is no regular expression: {e}") from None
 
-# %% ../../nbs/api/81_masks.ipynb #0f20d037
+# %% ../../nbs/api/81_masks.ipynb #4e28fa2d
 ALLOCATIONS: dict[str, Allocate] = dict(uniform=uniform, global_=global_, erk=erk, er=er, lamp=lamp, owl=owl)
 READING = ('global_', 'lamp', 'owl')    # look at every weight
 
@@ -271,14 +271,14 @@ def available(ss: Sequence[Site], choices: Mapping[str, Any]) -> dict[str, Any]:
     "Criteria or allocations whose statistics all sites have."
     return {n: f for n, f in choices.items() if all(k in s.stats for s in ss for k in getattr(f, 'needs', ()))}
 
-# %% ../../nbs/api/81_masks.ipynb #e5b342e2
+# %% ../../nbs/api/81_masks.ipynb #738907bb
 def achieved(ss: Iterable[Site], score: Score, p: Pattern, ratios: Mapping[str, float]) -> Iterator[tuple[str, float, float]]: # name, asked, achieved
     "Count the zeros of real masks, slab by slab."
     for s in ss:
         kept = sum(int(torch.count_nonzero(m)) for _, m in masks(s, score, p, ratios[s.name]))
         yield s.name, ratios[s.name], 1 - kept / max(1, s.numel)
 
-# %% ../../nbs/api/81_masks.ipynb #f1710b10
+# %% ../../nbs/api/81_masks.ipynb #d04993da
 class MaskRecord(Mapping):
     "Masks by step and name, a bit for each weight."
     def __init__(self, every: int = 1): # steps between two records, at least
@@ -292,7 +292,7 @@ class MaskRecord(Mapping):
     def __iter__(self) -> Iterator[int]: return iter(sorted(self.packed))
     def __len__(self) -> int: return len(self.packed)
 
-# %% ../../nbs/api/81_masks.ipynb #2a3b1397
+# %% ../../nbs/api/81_masks.ipynb #b4d3421e
 def record_masks(sp: Sparsifier, # attached or not
                  every: int = 1) -> MaskRecord: # filled as training goes on; the present masks are its first, if there are any
     "Keep the masks of a training, for the explorer's time slider."
@@ -301,7 +301,7 @@ def record_masks(sp: Sparsifier, # attached or not
     sp.listeners.append(record)
     return record
 
-# %% ../../nbs/api/81_masks.ipynb #a56a2230
+# %% ../../nbs/api/81_masks.ipynb #35daa545
 class Desk:
     "What an explorer has worked out so far."
     def __init__(self, board: Dashboard):
@@ -317,7 +317,7 @@ class Desk:
     def sites(self) -> dict[str, Site]: return sites_of(self)
     def shown(self) -> Scene: return look(self) # the scene that the settings ask for
 
-# %% ../../nbs/api/81_masks.ipynb #35daa545
+# %% ../../nbs/api/81_masks.ipynb #73397fb8
 def sites_of(desk: Desk) -> dict[str, Site]: # by name
     "The sites of the chosen model that have weights."
     name, models = desk.board.settings['model'], desk.board.of('models')
@@ -326,7 +326,7 @@ def sites_of(desk: Desk) -> dict[str, Site]: # by name
         desk.found[name] = {s.name: s for s in (sites(m, **desk.board.of('which')) if isinstance(m, nn.Module) else m) if s.numel}
     return desk.found[name]
 
-# %% ../../nbs/api/81_masks.ipynb #73397fb8
+# %% ../../nbs/api/81_masks.ipynb #74638e5e
 def ranked(desk: Desk, site: Site, criterion: str, pattern: str) -> Ranked:
     "The ranked scores of the present layer, made once."
     key = desk.board.settings['model'], site.name, criterion, pattern
@@ -335,7 +335,7 @@ def ranked(desk: Desk, site: Site, criterion: str, pattern: str) -> Ranked:
         desk.ranks = {k: v for k, v in list(desk.ranks.items())[-1:] if k[:2] == key[:2]} | {key: Ranked(site, score, pattern)}
     return desk.ranks[key]
 
-# %% ../../nbs/api/81_masks.ipynb #74638e5e
+# %% ../../nbs/api/81_masks.ipynb #21c1f645
 LARGE = 2**25   # weights; beyond, all layers are ranked in the background
 
 def asked_of(desk: Desk, criterion: str, pattern: str) -> dict[str, float]: # by name; uniform while a large model is being ranked
@@ -355,7 +355,7 @@ def asked_of(desk: Desk, criterion: str, pattern: str) -> dict[str, float]: # by
     launch(desk, 'ranking', Job(make, ended=ended))
     return dict.fromkeys(desk.sites, st['sparsity'])
 
-# %% ../../nbs/api/81_masks.ipynb #21c1f645
+# %% ../../nbs/api/81_masks.ipynb #27595955
 def launch(desk: Desk, name: str, job: Job) -> None:
     "Start work in the background in place of earlier work of that name; it is dropped when the dashboard closes."
     if name in desk.jobs: desk.jobs[name].cancel()
@@ -368,7 +368,7 @@ def launch(desk: Desk, name: str, job: Job) -> None:
     desk.jobs[name] = job
     job.start()
 
-# %% ../../nbs/api/81_masks.ipynb #27595955
+# %% ../../nbs/api/81_masks.ipynb #4aa55574
 RECORDED, NONE = 'recorded', 'nothing'
 
 def mask_of(desk: Desk, site: Site, criterion: str, pattern: str, step: int | None) -> tuple[Tensor, Tensor | None, float]: # mask, the same folded, asked
@@ -383,7 +383,7 @@ def mask_of(desk: Desk, site: Site, criterion: str, pattern: str, step: int | No
     kept = r.keep(share)
     return r.pattern.unfold(kept, r.shape), kept, share
 
-# %% ../../nbs/api/81_masks.ipynb #4aa55574
+# %% ../../nbs/api/81_masks.ipynb #d201f3ba
 def second(desk: Desk, site: Site) -> Tensor | None:
     "The mask to compare with, if any."
     st = desk.board.settings
@@ -391,13 +391,13 @@ def second(desk: Desk, site: Site) -> Tensor | None:
     if st['against'] == RECORDED: return mask_of(desk, site, RECORDED, '', earlier(desk))[0]
     return mask_of(desk, site, st['against'], st['pattern'] if st['against_pattern'] == 'same' else st['against_pattern'], None)[0]
 
-# %% ../../nbs/api/81_masks.ipynb #07933896
+# %% ../../nbs/api/81_masks.ipynb #ed8a8d82
 def earlier(desk: Desk) -> int:
     "The recorded step before the present one."
     steps = sorted(desk.board.of('recorded'))
     return steps[max(0, steps.index(desk.board.settings['step']) - 1)]
 
-# %% ../../nbs/api/81_masks.ipynb #ed8a8d82
+# %% ../../nbs/api/81_masks.ipynb #bb886360
 def look(desk: Desk) -> Scene:
     "The scene of the present settings; the planes of weight and score stay while only the mask changes."
     st = desk.board.settings
@@ -410,7 +410,7 @@ def look(desk: Desk) -> Scene:
     else: desk.scene.show(mask, other, kept, share)
     return desk.scene
 
-# %% ../../nbs/api/81_masks.ipynb #bb886360
+# %% ../../nbs/api/81_masks.ipynb #f890e2b5
 def structure(s: Scene) -> dict[str, Any]:
     "How the pattern cuts the unfolded matrix, in weights."
     p, g, (rows, cols) = s.ranked.pattern, geometry(s.ranked.pattern, s.ranked.shape), s.shape
@@ -420,21 +420,21 @@ def structure(s: Scene) -> dict[str, Any]:
                 among=among if g.r * g.c == 1 else f'tiles {among}', across='input (column)' if inner == cols else f'kernel position · input, {inner} columns each',
                 levels=s.planes['weight'].levels)
 
-# %% ../../nbs/api/81_masks.ipynb #f890e2b5
+# %% ../../nbs/api/81_masks.ipynb #7cd8980a
 def tints() -> dict[str, dict[str, str]]: # by theme
     "Colours of the canvas."
     own = {'light': dict(none='#f5e6d6', both='#99a1ac', tint='rgba(20, 30, 45, .07)', faint='rgba(20, 30, 45, .16)', line='rgba(20, 30, 45, .5)'),
            'dark': dict(none='#33271c', both='#67707c', tint='rgba(255, 255, 255, .08)', faint='rgba(255, 255, 255, .16)', line='rgba(255, 255, 255, .5)')}
     return {k: {**{n: c for n, c in COLORS[k == 'dark'].items() if isinstance(c, str)}, **v} for k, v in own.items()} # type: ignore[misc]
 
-# %% ../../nbs/api/81_masks.ipynb #06bff7e5
+# %% ../../nbs/api/81_masks.ipynb #0a9e4b82
 def ramps() -> bytes: # 6 × 256 × 3: light then dark; single weight, mean weight, score
     "Colour maps as bytes; the signed one is dark in the middle on a dark page."
     import matplotlib
     names = [MAPS['weight'], MAPS['share'], MAPS['score'], 'berlin', MAPS['share'], MAPS['score']]
     return b''.join((matplotlib.colormaps[n](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes() for n in names)
 
-# %% ../../nbs/api/81_masks.ipynb #0a9e4b82
+# %% ../../nbs/api/81_masks.ipynb #494f067e
 def facts(desk: Desk, s: Scene) -> list[tuple[str, str]]:
     "What there is to say of the layer."
     n, zeros = s.mask.numel(), int(torch.count_nonzero(~s.mask))
@@ -446,7 +446,7 @@ def facts(desk: Desk, s: Scene) -> list[tuple[str, str]]:
                 ('Jaccard', f"{o['jaccard']:.3f}"), ('differ', f"{o['differ']:.2%} of weights".replace('%', ' %'))]
     return out
 
-# %% ../../nbs/api/81_masks.ipynb #d4a38ab1
+# %% ../../nbs/api/81_masks.ipynb #ff6dfc86
 def label_of(desk: Desk, first: bool) -> str:
     "What a mask is called in a comparison."
     st = desk.board.settings
@@ -454,7 +454,7 @@ def label_of(desk: Desk, first: bool) -> str:
     p = st['pattern'] if first or st['against_pattern'] == 'same' else st['against_pattern']
     return (st['criterion'] if first else st['against']) + ('' if st['against_pattern'] == 'same' else f', {p}')
 
-# %% ../../nbs/api/81_masks.ipynb #ff6dfc86
+# %% ../../nbs/api/81_masks.ipynb #21d5a3a2
 @cache
 def canvas_class() -> type:
     "The canvas."
@@ -467,7 +467,7 @@ def canvas_class() -> type:
         mode, dark = T.Unicode('mask').tag(sync=True), T.Bool(False).tag(sync=True)
     return MaskCanvas
 
-# %% ../../nbs/api/81_masks.ipynb #46504f32
+# %% ../../nbs/api/81_masks.ipynb #7cb987ea
 @cache
 def layers_class() -> type:
     "The tree of layers."
@@ -480,7 +480,7 @@ def layers_class() -> type:
         wrong = T.Bool(False).tag(sync=True)
     return LayerTree
 
-# %% ../../nbs/api/81_masks.ipynb #7cb987ea
+# %% ../../nbs/api/81_masks.ipynb #f37e7d2a
 def answer(desk: Desk, canvas: Any, question: dict[str, Any]) -> None:
     "Send what the page asks for; a question about a layer that is gone from the screen has no answer."
     s, kind = desk.scene, question['kind']
@@ -496,27 +496,7 @@ def answer(desk: Desk, canvas: Any, question: dict[str, Any]) -> None:
         parts = [s.planes[n].x[r, c].float().cpu().contiguous() for n in ('weight', 'score')]
         canvas.send(dict(kind='values', row=question['row'], col=question['col'], rows=parts[0].size(0), cols=parts[0].size(1)), buffers=[t.numpy().tobytes() for t in parts])
 
-# %% ../../nbs/api/81_masks.ipynb #f37e7d2a
-def refresh(desk: Desk, canvas: Any, tree: Any) -> None:
-    "Work the scene out anew and tell the page."
-    began = time.perf_counter()
-    s = desk.shown()
-    desk.seconds['mask'] = time.perf_counter() - began
-    desk.version += 1
-    st, colours = desk.board.settings, tints()
-    if s is not desk.last: desk.last, first = s, desk.version
-    else: first = desk.versions['weight']
-    desk.versions = dict(weight=first, score=first, mask=desk.version, difference=desk.version)
-    rows, cols = s.density()
-    canvas.margins = torch.cat([rows, cols]).float().numpy().tobytes()
-    canvas.facts = facts(desk, s)
-    canvas.meta = dict(name=f"{st['model']} {s.site.name}", versions=desk.versions, ranges=s.ranges, criterion=getattr(s.ranked.score, '__name__', 'score'), colours=colours,
-                       first=label_of(desk, True), second=label_of(desk, False) if s.other is not None else '', histogram=s.histogram(), **structure(s))
-    if canvas.mode == 'difference' and s.other is None: canvas.mode = 'mask'
-    desk.seconds['all'] = time.perf_counter() - began
-    measure(desk, tree)
-
-# %% ../../nbs/api/81_masks.ipynb #58f43ef8
+# %% ../../nbs/api/81_masks.ipynb #c5293ecc
 def measure(desk: Desk, tree: Any) -> None:
     "Count the zeros of every layer in the background; the bars fill in."
     st, ss = desk.board.settings, desk.sites
@@ -538,10 +518,30 @@ def measure(desk: Desk, tree: Any) -> None:
     job = Job(work, len(ss) - 1, seen, every=.2)        # waits, for the slider may not be at rest yet
     launch(desk, 'bars', job)
 
-# %% ../../nbs/api/81_masks.ipynb #1131f445
+# %% ../../nbs/api/81_masks.ipynb #d436a3ae
+def refresh(desk: Desk, canvas: Any, tree: Any) -> None:
+    "Work the scene out anew and tell the page."
+    began = time.perf_counter()
+    s = desk.shown()
+    desk.seconds['mask'] = time.perf_counter() - began
+    desk.version += 1
+    st, colours = desk.board.settings, tints()
+    if s is not desk.last: desk.last, first = s, desk.version
+    else: first = desk.versions['weight']
+    desk.versions = dict(weight=first, score=first, mask=desk.version, difference=desk.version)
+    rows, cols = s.density()
+    canvas.margins = torch.cat([rows, cols]).float().numpy().tobytes()
+    canvas.facts = facts(desk, s)
+    canvas.meta = dict(name=f"{st['model']} {s.site.name}", versions=desk.versions, ranges=s.ranges, criterion=getattr(s.ranked.score, '__name__', 'score'), colours=colours,
+                       first=label_of(desk, True), second=label_of(desk, False) if s.other is not None else '', histogram=s.histogram(), **structure(s))
+    if canvas.mode == 'difference' and s.other is None: canvas.mode = 'mask'
+    desk.seconds['all'] = time.perf_counter() - began
+    measure(desk, tree)
+
+# %% ../../nbs/api/81_masks.ipynb #36a4a434
 PATTERNS = ('unstructured', 'per_row', '2:4', '1:4', '4:8', '2:4:out', 'block8', 'block16', 'row', 'col')
 
-# %% ../../nbs/api/81_masks.ipynb #56fa384f
+# %% ../../nbs/api/81_masks.ipynb #a8e21570
 def controls(desk: Desk) -> list[Any]: # two rows of ipywidgets, the tree and the canvas
     "What can be chosen."
     import ipywidgets as W
@@ -561,7 +561,7 @@ def controls(desk: Desk) -> list[Any]: # two rows of ipywidgets, the tree and th
         more += [W.HBox([play, step])]
     return [W.HBox(first).add_class('sw-row'), W.HBox(more).add_class('sw-row')]
 
-# %% ../../nbs/api/81_masks.ipynb #5b747be1
+# %% ../../nbs/api/81_masks.ipynb #5f4c0af8
 def picker(desk: Desk) -> Any: # LayerTree
     "The layers, their filter and the live count."
     board, tree = desk.board, layers_class()()
@@ -583,7 +583,7 @@ def picker(desk: Desk) -> Any: # LayerTree
     board.closing(lambda: board._settings.update(filter=tree.query))
     return tree
 
-# %% ../../nbs/api/81_masks.ipynb #d75624e9
+# %% ../../nbs/api/81_masks.ipynb #3792800c
 def build(board: Dashboard) -> Any: # ipywidgets box
     "The live form."
     import ipywidgets as W
@@ -613,7 +613,7 @@ def build(board: Dashboard) -> Any: # ipywidgets box
     guarded(board, update)()
     return W.VBox([*rows, W.HBox([tree, canvas]).add_class('sw-explorer')])
 
-# %% ../../nbs/api/81_masks.ipynb #a8e0c782
+# %% ../../nbs/api/81_masks.ipynb #8eed463d
 def heat(fig: Any, cell: Any, s: Scene, mode: str, c: Mapping[str, Any]) -> None:
     "One plane with margins, at the level that fits a figure."
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -644,7 +644,7 @@ def heat(fig: Any, cell: Any, s: Scene, mode: str, c: Mapping[str, Any]) -> None
         m.set(**{'ylim' if along == 'x' else 'xlim': (0, 1)})
         if along == 'x': m.set_title(f'{mode}; margins: kept share')
 
-# %% ../../nbs/api/81_masks.ipynb #bd236676
+# %% ../../nbs/api/81_masks.ipynb #15c8ecaa
 def counts(ax: Any, s: Scene, c: Mapping[str, Any]) -> None:
     "Histogram of what competes, with the cut."
     h = s.histogram()
@@ -657,7 +657,7 @@ def counts(ax: Any, s: Scene, c: Mapping[str, Any]) -> None:
     ax.set_yscale('function', functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     ax.legend()
 
-# %% ../../nbs/api/81_masks.ipynb #1b9a6192
+# %% ../../nbs/api/81_masks.ipynb #072d076f
 def layer_bars(ax: Any, rows: Sequence[tuple[str, float, float]], now: str, c: Mapping[str, Any]) -> None:
     "Zeros of every layer, asked (mark) and achieved (bar)."
     at = np.arange(len(rows))
@@ -666,7 +666,18 @@ def layer_bars(ax: Any, rows: Sequence[tuple[str, float, float]], now: str, c: M
     ax.set(ylim=(0, 1.14), xlim=(-.7, len(rows) - .3), ylabel='zeros (fraction)', xlabel='layer, from first to last', title='all layers', yticks=[0, .25, .5, .75, 1])
     ax.legend(loc='upper right', ncols=2)
 
-# %% ../../nbs/api/81_masks.ipynb #15c8ecaa
+# %% ../../nbs/api/81_masks.ipynb #f508ee54
+def table(desk: Desk) -> list[tuple[str, float, float]]: # name, asked, achieved
+    "Every layer, counted on its mask; of a large model only the present layer."
+    st, s = desk.board.settings, desk.shown()
+    if st['criterion'] == RECORDED:
+        return [(n, *[1 - int(m.sum()) / m.numel()] * 2) for n, m in desk.board.of('recorded')[st['step']].items()] # type: ignore[misc]
+    ss, bars = list(desk.sites.values()), desk.board.parts['tree'].bars if 'tree' in desk.board.parts else {}
+    if bars and all(got is not None for _, got in bars.values()): return [(n, a, got) for n, (a, got) in bars.items()]
+    if sum(x.numel for x in ss) > LARGE: return [(s.site.name, s.sparsity, 1 - int(torch.count_nonzero(s.mask)) / s.mask.numel())]
+    return list(achieved(ss, desk.board.of('scores')[st['criterion']], read_pattern(st['pattern']), asked_of(desk, st['criterion'], st['pattern'])))
+
+# %% ../../nbs/api/81_masks.ipynb #64e4a714
 def twin_figure(desk: Desk) -> Any: # matplotlib figure
     "Everything that the explorer shows, as one figure."
     from matplotlib.figure import Figure
@@ -679,18 +690,7 @@ def twin_figure(desk: Desk) -> Any: # matplotlib figure
     layer_bars(fig.add_subplot(low[1:]), table(desk), st['layer'], c)
     return fig
 
-# %% ../../nbs/api/81_masks.ipynb #17ab37ad
-def table(desk: Desk) -> list[tuple[str, float, float]]: # name, asked, achieved
-    "Every layer, counted on its mask; of a large model only the present layer."
-    st, s = desk.board.settings, desk.shown()
-    if st['criterion'] == RECORDED:
-        return [(n, *[1 - int(m.sum()) / m.numel()] * 2) for n, m in desk.board.of('recorded')[st['step']].items()] # type: ignore[misc]
-    ss, bars = list(desk.sites.values()), desk.board.parts['tree'].bars if 'tree' in desk.board.parts else {}
-    if bars and all(got is not None for _, got in bars.values()): return [(n, a, got) for n, (a, got) in bars.items()]
-    if sum(x.numel for x in ss) > LARGE: return [(s.site.name, s.sparsity, 1 - int(torch.count_nonzero(s.mask)) / s.mask.numel())]
-    return list(achieved(ss, desk.board.of('scores')[st['criterion']], read_pattern(st['pattern']), asked_of(desk, st['criterion'], st['pattern'])))
-
-# %% ../../nbs/api/81_masks.ipynb #cb4fb2b5
+# %% ../../nbs/api/81_masks.ipynb #741532f7
 def twin(board: Dashboard) -> str: # HTML
     "The static form: what was chosen, the numbers, the figure."
     desk = board.parts.get('desk') or Desk(board)
@@ -704,7 +704,7 @@ def twin(board: Dashboard) -> str: # HTML
         key = ' '.join(f'<span style="display:inline-block;width:.8em;height:.8em;background:{c};border:1px solid #999"></span> {html.escape(t)}' for c, t in marks)
     return f'<p><small>{html.escape(" · ".join(words))}</small></p>{picture}<p><small>{key}</small></p>'
 
-# %% ../../nbs/api/81_masks.ipynb #b3c5f97a
+# %% ../../nbs/api/81_masks.ipynb #4100b7bf
 def mask_explorer(model: Any, # a module or its sites, or several by name; weights are only read. Sites bring their statistics along
                   scores: Mapping[str, Score] | None = None, # criteria; all of magnitude, wanda, ria, random whose statistics are there when left out
                   patterns: Sequence[str] = PATTERNS, # as `pattern` reads them
