@@ -9,13 +9,14 @@ with `--layers` layers and with none: whole = none + 32 / layers x (layers - non
 """
 import argparse
 import gc
+import statistics
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from common import header, median_seconds, save, show, sync
+from common import header, median_seconds, save, seconds, show, sync
 from torch import nn
 
 import sparse_workbench as sw
@@ -62,11 +63,25 @@ def times(model: nn.Module, ids: torch.Tensor, train: bool, device: str, repeats
     "Seconds and peak memory of a prefill and of a training step."
     with torch.no_grad(): prefill, peak = seconds_and_peak(lambda: model(ids), device, repeats)
     row = {'prefill s': prefill, 'prefill GB': peak}
-    if train:
-        opt = torch.optim.AdamW(model.parameters(), 1e-5, fused=device == 'cuda')
-        model.train()
-        row['train s'], row['train GB'] = seconds_and_peak(lambda: step(model, ids, opt), device, repeats)
-        model.eval()
+    if train: row['train s'], row['train GB'] = seconds_and_peak(training(model, ids, device), device, repeats)
+    return row
+
+
+def training(model: nn.Module, ids: torch.Tensor, device: str) -> Callable[[], None]:
+    "A training step of a model."
+    opt = torch.optim.AdamW(model.parameters(), 1e-5, fused=device == 'cuda')
+    return lambda: step(model, ids, opt)
+
+
+def in_turns(model: nn.Module, dense: nn.Module, ids: torch.Tensor, train: bool, repeats: int) -> dict[str, float]:
+    "Seconds on a CPU, whose speed changes with what else runs there: the dense model takes turns with the sparse one."
+    row = {}
+    for what, make in (('prefill', lambda m: lambda: m(ids)), ('train', lambda m: training(m, ids, 'cpu'))):
+        if what == 'train' and not train: continue
+        with torch.set_grad_enabled(what == 'train'):
+            calls = [make(m) for m in (model, dense)]
+            for f in calls: f()
+            row[f'{what} s'], row[f'dense {what} s'] = (statistics.median(t) for t in zip(*([seconds(f, 'cpu') for f in calls] for _ in range(repeats))))
     return row
 
 
@@ -92,18 +107,20 @@ def weights(model: nn.Module) -> float:
 
 def stretched(some: dict, none: dict, times_: float) -> dict:
     "What grows with the layers, taken from some layers and from none to all; peaks of memory are not stretched."
-    return {k: none[k] + times_ * (v - none[k]) if k in ('prefill s', 'train s', 'weights GB') else v for k, v in some.items()}
+    bare = {k: none[k.removeprefix('dense ')] for k in some if k.endswith(' s') or k == 'weights GB'}
+    return {k: bare[k] + times_ * (v - bare[k]) if k in bare else v for k, v in some.items()}
 
 
 def case(name: str, how: tuple[str, float] | None, a: argparse.Namespace, device: str, dtype: torch.dtype, none: dict[str, dict]) -> list[dict]:
     "Rows of one model and pattern, eager and compiled."
     model, known = prepare(name, a.layers, how, batch(name, a, device), device, dtype, a.budget)
-    ids, rows = batch(name, a, device), []
+    ids, rows, beside = batch(name, a, device), [], build(name, a.layers, device, dtype) if device == 'cpu' and how else None
     every = SHAPES[name].num_hidden_layers if name in SHAPES else None
     for way in a.ways:
-        if way == 'compiled': compiled(model)
+        if way == 'compiled': model, beside = compiled(model), beside and compiled(beside)
         row = dict(model=name, pattern=how[0] if how else 'dense', sparsity=how[1] if how else 0., way=way, **known)
-        t = {'weights GB': weights(model), **times(model, ids, a.train, device, a.repeats)}
+        timed = in_turns(model, beside, ids, a.train, a.repeats) if beside else times(model, ids, a.train, device, a.repeats)
+        t = {'weights GB': weights(model), **timed}
         if every: t = stretched(t, none[name], every / a.layers)
         rows.append(row | {'prefill tokens/s': ids.numel() / t['prefill s']} | t)
     del model
@@ -124,7 +141,9 @@ def compared(rows: list[dict]) -> list[dict]:
     for r in rows:
         for key, name in (('prefill s', 'prefill x'), ('train s', 'train x')):
             dense = {x['way']: x[key] for x in rows if x['model'] == r['model'] and x['pattern'] == 'dense' and key in x}
-            if key in r and dense: r |= {name: dense[r['way']] / r[key], f'{name} best dense': min(dense.values()) / r[key]}
+            if key in r and dense:
+                dense[r['way']] = r.get(f'dense {key}', dense[r['way']])      # the one that took turns with it
+                r |= {name: dense[r['way']] / r[key], f'{name} best dense': min(dense.values()) / r[key]}
     return rows
 
 

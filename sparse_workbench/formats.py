@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'INTS', 'PIECE', 'LOWS', 'SIDES', 'GROUPS', 'SPARSE', 'FORMATS', 'BITS', 'LOW', 'HIGH', 'PLACES', 'PARTS',
-           'FILES', 'MARK', 'VERSION', 'OWN', 'SPAN', 'MOST_JSON', 'EXPANSION', 'SPARE', 'DROPPED', 'COUNTS', 'pack',
-           'unpack', 'text', 'integers', 'places', 'encode', 'decode_twin', 'flags', 'put_bits', 'array', 'written',
-           'decode', 'combinations', 'digits', 'places_bytes', 'write_numbers', 'read_words', 'read_numbers',
+           'FILES', 'MARK', 'VERSION', 'OWN', 'SPAN', 'CORES', 'MOST_JSON', 'EXPANSION', 'SPARE', 'DROPPED', 'COUNTS',
+           'pack', 'unpack', 'text', 'integers', 'places', 'encode', 'decode_twin', 'flags', 'put_bits', 'array',
+           'written', 'decode', 'combinations', 'digits', 'places_bytes', 'write_numbers', 'read_words', 'read_numbers',
            'word_places', 'group_places', 'put_groups', 'gaps_of', 'rice', 'write_gaps', 'read_gaps', 'low_sums',
            'put_gaps', 'costs', 'any_of', 'pools', 'block_costs', 'grouped', 'group_costs', 'all_costs', 'wanted',
            'cheapest', 'tiles', 'write_groups', 'write_parts', 'read_twin', 'put_tiles', 'put_blocks', 'put_parts',
@@ -679,11 +679,11 @@ def whole(folder: Path, # to make or replace
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/api/41_formats.ipynb #a46b88be
-SPAN = 2**24  # bytes of a file that are hashed together
+SPAN, CORES = 2**24, os.cpu_count() or 1  # bytes of a file that are hashed together; threads that work at the same time
 
-def side_by_side(f: Callable, items: Iterable) -> list:
+def side_by_side(f: Callable, items: Iterable, threads: int = CORES) -> list:
     "`map` in a few threads; of several errors the one of the first item is raised."
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return list(pool.map(f, items))
+    with ThreadPoolExecutor(min(8, threads)) as pool: return list(pool.map(f, items))
 
 # %% ../nbs/api/41_formats.ipynb #1cdcef79
 def digest(path: Path, start: int, size: int) -> bytes:
@@ -700,7 +700,7 @@ def fingerprint(path: Path, span: int = SPAN) -> dict[str, Any]: # bytes, sha256
     "Size and checksum of a file."
     size = path.stat().st_size
     if size <= span: return dict(bytes=size, sha256=digest(path, 0, size).hex())
-    digests = side_by_side(lambda start: digest(path, start, span), range(0, size, span))
+    digests = side_by_side(lambda start: digest(path, start, span), range(0, size, span), 4 * CORES)        # most of them wait for the disk
     return dict(bytes=size, sha256=hashlib.sha256(b''.join(digests)).hexdigest(), span=span)
 
 def package_version() -> str | None: # None when the package is used without being installed
