@@ -388,6 +388,7 @@ def sampled(sp: Sparsifier, gradients: str, optimizer: Optimizer) -> Sparsifier:
     "Attach; with 'mvue', weight gradients are made of a 2:4 sample of the output gradient."
     if gradients not in ('dense', 'mvue'): raise ValueError(f"gradients={gradients!r}: use 'dense', or 'mvue' for a 2:4 sample of the output gradient")
     if gradients == 'dense': return sp.attach(optimizer)
+    if not sp.flow.latent: raise ValueError(f"gradients='mvue' needs a flow that keeps a dense weight, such as flows.sr_ste(), not {sp.flow!r}")
     for s in sp.sites: check_route(s, None, mvue_of())
     sp.attach(optimizer)
     reroute(sp.sites, None, mvue_of())
