@@ -6,6 +6,8 @@
 """
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from common import collect, header, median_seconds, parser, seconds, show, sync
@@ -188,6 +190,15 @@ def published(weight: torch.Tensor, root: Root, sparsity: float, keep: int = 0, 
     return w
 
 
+@contextmanager
+def launches() -> Iterator[list]:
+    "Shapes that the kernel of the sweep is launched for."
+    from sparse_workbench.kernels import sweep as S
+    seen: list = []
+    real = S._launch
+    with patch.object(S, '_launch', lambda w, *rest, **kw: seen.append(tuple(w.shape)) or real(w, *rest, **kw)): yield seen
+
+
 def sweeps(a: argparse.Namespace) -> Iterator[dict]:
     "One layer, three patterns."
     for out, inp in ((4096, 4096), (11008, 4096), (4096, 11008)) if a.device == 'cuda' else ((256, 512),):
@@ -206,7 +217,8 @@ def sweeps(a: argparse.Namespace) -> Iterator[dict]:
             t = best(lambda: kept.append(published(w, root, .5, keep, of)), a.device, 1)
             theirs, reference = kept[-1], loss(kept[-1], w, x)
             yield row | dict(way='column by column', ms=t * 1e3, loss=reference, right=True)
-            ours, mask = sweep(w, root, p, s)
+            with launches() as launched: ours, mask = sweep(w, root, p, s)
+            if a.device == 'cuda' and len(launched) != -(-inp // 128): raise SystemExit(f'the kernel of the sweep was launched {len(launched)} times for {inp} columns: its twin would be timed')
             good = bool(((ours == 0) | mask).all()) and int((~mask).sum()) == w.numel() // 2 and loss(ours, w, x) < 1.002 * reference
             mine = best(lambda: sweep(w, root, p, s), a.device, 3)
             yield row | dict(way='sweep', ms=mine * 1e3, speedup=t / mine, loss=loss(ours, w, x), **{'same zeros, %': 100 * float(((ours == 0) == (theirs == 0)).float().mean())}, right=good)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from common import collect, header, median_seconds, parser
 
-from sparse_workbench.kernels.linear import sparse_linear, unpack
+from sparse_workbench.kernels.linear import choose, sparse_linear, unpack
 from sparse_workbench.kernels.semi_structured import algorithm, converted, prune_pack
 
 SHAPES, TOKENS = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)), (16, 256, 512, 1024, 2048, 4096, 16384)
@@ -28,6 +28,7 @@ def product(shape: tuple[int, int], tokens: int) -> dict:
     "One layer: device time of the raw call and of dense, program time of the operator, the subclass and dense."
     from torch.sparse import to_sparse_semi_structured
     p, x = prune_pack(torch.randn(shape, device='cuda').bfloat16()), torch.randn(tokens, shape[1], device='cuda').bfloat16()
+    if choose('2:4', p.values, tokens).name != '2:4 cuSPARSELt': raise SystemExit(f"{choose('2:4', p.values, tokens).name!r} would be timed in place of cuSPARSELt")
     w = unpack(p)
     right, got = F.linear(x, w).float(), sparse_linear(x, p).float()
     ok = bool((right - got).abs().max() <= 2**-6 * right.abs().max())

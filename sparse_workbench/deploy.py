@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['READERS', 'ROUNDS', 'HOPELESS', 'SIDES', 'MOST', 'HARDLY', 'TWICE', 'ALLOWED', 'ALLOWED_WHOLE', 'TIE', 'COLUMNS',
-           'COLORS', 'why_left', 'Layer', 'check_batch', 'watch', 'cache_bytes', 'captured', 'wall_seconds',
-           'device_seconds', 'stopwatch', 'race', 'Candidate', 'kernel_for', 'filled', 'blocks', 'candidates',
-           'packed_layer', 'difference', 'mean_difference', 'copies', 'timed', 'warm', 'best', 'measure', 'dense_row',
-           'settle', 'cells', 'folded', 'Deployment', 'items', 'timed_model', 'swapped', 'worth', 'export', 'machine',
-           'limit', 'would', 'break_even', 'Advice', 'plot_advice', 'opinion', 'whole_model', 'advise']
+           'TURNS', 'COLORS', 'why_left', 'Layer', 'check_batch', 'watch', 'cache_bytes', 'captured', 'wall_seconds',
+           'device_seconds', 'stopwatch', 'settled', 'race', 'Candidate', 'kernel_for', 'filled', 'blocks',
+           'candidates', 'packed_layer', 'difference', 'mean_difference', 'copies', 'timed', 'warm', 'best', 'measure',
+           'dense_row', 'settle', 'cells', 'folded', 'Deployment', 'items', 'timed_model', 'place', 'turns', 'swapped',
+           'worth', 'export', 'machine', 'limit', 'would', 'break_even', 'Advice', 'plot_advice', 'opinion',
+           'whole_model', 'same_dense', 'questions', 'advise']
 
 # %% ../nbs/api/43_deploy.ipynb #c7312ebe
 import copy
@@ -132,13 +133,18 @@ def stopwatch(calls: Sequence[Callable[[], Any]], device: torch.device, graph: b
     return lambda: clock() / len(calls)
 
 # %% ../nbs/api/43_deploy.ipynb #ac0b56c7
+def settled(times: Sequence[float], device: torch.device) -> float:
+    "One time of many: the smallest on a CPU, the lower quartile on a GPU."
+    return min(times) if device.type == 'cpu' else sorted(times)[len(times) // 4]
+
+# %% ../nbs/api/43_deploy.ipynb #7d89e7f4
 ROUNDS, HOPELESS = (7, 50), 2.  # rounds of a race, at least and at most; so many times slower than the first after two rounds is out
 
 def race(ways: dict[str, list[Callable[[], Any]]], # calls that do the same on different copies; the first way is the one to beat
          device: torch.device,
          seconds: float, # to spend, or the fewest rounds
          graph: bool = False) -> dict[str, float]:
-    "Seconds of one call of every way, the lower quartile. They take turns; one that is hopelessly slow stops early."
+    "Seconds of one call of every way. They take turns; one that is hopelessly slow stops early."
     clocks = {name: stopwatch(calls, device, graph) for name, calls in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     start, first = time.monotonic(), next(iter(ways))
@@ -147,9 +153,9 @@ def race(ways: dict[str, list[Callable[[], Any]]], # calls that do the same on d
         best = min(times[first], default=0)
         for name, clock in clocks.items():
             if i < 2 or min(times[name]) <= HOPELESS * best: times[name].append(clock())
-    return {name: sorted(t)[len(t) // 4] for name, t in times.items()}
+    return {name: settled(t, device) for name, t in times.items()}
 
-# %% ../nbs/api/43_deploy.ipynb #399ab596
+# %% ../nbs/api/43_deploy.ipynb #c6c762a6
 SIDES, MOST, HARDLY, TWICE = (1, 4, 8, 16, 32, 64, 128, 256), .95, 1.02, 2.  # sides of blocks; the largest stored fraction; about as full; hopelessly fuller
 
 @dataclass(frozen=True)
@@ -162,19 +168,19 @@ class Candidate:
 
     def __str__(self): return self.kernel + (f' {self.block[0]}×{self.block[1]}' if self.block else '')
 
-# %% ../nbs/api/43_deploy.ipynb #c6c762a6
+# %% ../nbs/api/43_deploy.ipynb #f3888ac9
 def kernel_for(format: str, values: Tensor, tokens: Sequence[int]) -> str: # '' when there is none but the reference
     "The kernels that multiply in this format at these numbers of rows."
     try: found = [choose(format, values, n) for n in tokens]
     except LookupError: return ''
     return '' if any(k.device is None for k in found) else ' / '.join(dict.fromkeys(k.name for k in found))
 
-# %% ../nbs/api/43_deploy.ipynb #f3888ac9
+# %% ../nbs/api/43_deploy.ipynb #e2ab7f4e
 def filled(kept: Tensor, r: int, c: int) -> float: # kept: bool (out, in), which r and c divide
     "The fraction of r × c blocks that hold any weight."
     return kept.view(kept.size(0) // r, r, kept.size(1) // c, c).any(3).any(1).float().mean().item()
 
-# %% ../nbs/api/43_deploy.ipynb #e918f348
+# %% ../nbs/api/43_deploy.ipynb #c585deda
 def blocks(kept: Tensor, values: Tensor, tokens: Sequence[int]) -> Iterator[Candidate]:
     "Block sizes worth a try: none that stores nearly all, or twice what another does, none that a larger one replaces."
     found: list[Candidate] = []
@@ -186,7 +192,7 @@ def blocks(kept: Tensor, values: Tensor, tokens: Sequence[int]) -> Iterator[Cand
         if x.stored <= MOST and not larger: found.append(x)
     yield from (x for x in found if x.stored <= TWICE * min(y.stored for y in found))
 
-# %% ../nbs/api/43_deploy.ipynb #1c6729d5
+# %% ../nbs/api/43_deploy.ipynb #439b4696
 def candidates(weight: Tensor, # (out, in)
                tokens: Sequence[int], # rows of x that it meets
                ) -> tuple[list[Candidate], str]: # and why there are no others
@@ -204,7 +210,7 @@ def candidates(weight: Tensor, # (out, in)
             else: why.append(f'no kernel multiplies {f!r} on {weight.device.type}')
     return found, '; '.join(why)
 
-# %% ../nbs/api/43_deploy.ipynb #27d34249
+# %% ../nbs/api/43_deploy.ipynb #988f93a4
 ALLOWED = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 1e-4, torch.float64: 1e-10}  # of one layer
 ALLOWED_WHOLE = {torch.float16: .02, torch.bfloat16: .05, torch.float32: 1e-3, torch.float64: 1e-8}  # of a model, in the mean
 
@@ -212,7 +218,7 @@ def packed_layer(layer: Layer, c: Candidate) -> SparseLinear:
     "The layer with its weight packed; bias, mode and what is trained stay."
     return packed_linear(layer.module, c.format, c.block, exact=False)
 
-# %% ../nbs/api/43_deploy.ipynb #0ddda711
+# %% ../nbs/api/43_deploy.ipynb #ae31fb93
 def difference(got: Tensor, right: Tensor) -> float: # infinite when one is NaN and the other is not
     "The largest difference, as a fraction of the largest value."
     got, right = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (got, right))
@@ -220,7 +226,7 @@ def difference(got: Tensor, right: Tensor) -> float: # infinite when one is NaN 
     scale = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
     return (got - right).nan_to_num(0, 0, 0).abs().max().item() / (scale or 1) if right.numel() else 0.
 
-# %% ../nbs/api/43_deploy.ipynb #ae31fb93
+# %% ../nbs/api/43_deploy.ipynb #16760345
 def mean_difference(got: Any, right: Any) -> float:
     "The norm of the difference of all floating-point outputs, as a fraction of the norm."
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(tensors(got), tensors(right)) if b.is_floating_point()]
@@ -229,7 +235,7 @@ def mean_difference(got: Any, right: Any) -> float:
     sums = [[t.nan_to_num(0, 0, 0).square().sum().item() for t in (a - b, b)] for a, b in pairs]
     return math.sqrt(sum(s[0] for s in sums) / (sum(s[1] for s in sums) or 1))
 
-# %% ../nbs/api/43_deploy.ipynb #d20514ec
+# %% ../nbs/api/43_deploy.ipynb #038ff98d
 TIE = 1.02
 
 def copies(layer: Layer, make: Callable[[], nn.Module], model_bytes: int) -> list[nn.Module]:
@@ -238,7 +244,7 @@ def copies(layer: Layer, make: Callable[[], nn.Module], model_bytes: int) -> lis
     n = math.ceil(min(model_bytes, 2 * cache_bytes(w.device)) / max(1, w.nbytes))
     return [make() for _ in range(max(1, min(8, n)))]
 
-# %% ../nbs/api/43_deploy.ipynb #7125895a
+# %% ../nbs/api/43_deploy.ipynb #aca8b70f
 def timed(layer: Layer, found: Sequence[Candidate], model_bytes: int, seconds: float, graph: bool) -> list[float]: # dense, then the candidates
     "Seconds that a batch spends in the layer, by the dense one and by every candidate."
     ways = {'dense': copies(layer, lambda: copy.deepcopy(layer.module), model_bytes)}
@@ -254,13 +260,13 @@ def warm(layer: Layer, found: Sequence[Candidate]) -> None:
     for c in found:
         for x in layer.inputs.values(): packed_layer(layer, c)(x)
 
-# %% ../nbs/api/43_deploy.ipynb #aca8b70f
+# %% ../nbs/api/43_deploy.ipynb #8012c70b
 def best(found: Sequence[Candidate], times: Sequence[float]) -> int: # index in `found`
     "The fastest candidate; of those about as fast, the one that stores least."
     near = [i for i, t in enumerate(times) if t <= TIE * min(times)]
     return min(near, key=lambda i: (found[i].stored, str(found[i])))
 
-# %% ../nbs/api/43_deploy.ipynb #8012c70b
+# %% ../nbs/api/43_deploy.ipynb #2dfe9c24
 def measure(layers: Sequence[Layer], model_bytes: int, budget: float, graph: bool) -> dict[str, tuple[list[Candidate], list[float], str]]:
     "By layer: its candidates, seconds of the dense layer and of each candidate (none when the budget was spent), why there are no more."
     groups: dict[tuple, list[tuple[Layer, list[Candidate], str]]] = {}
@@ -278,14 +284,14 @@ def measure(layers: Sequence[Layer], model_bytes: int, budget: float, graph: boo
         for l, own_, why in g: results[l.site.name] = own_, times, why
     return results
 
-# %% ../nbs/api/43_deploy.ipynb #59ca02f5
+# %% ../nbs/api/43_deploy.ipynb #b870670b
 def dense_row(s: Site, tokens: int, **known) -> dict[str, Any]:
     "One row of the report, of a layer that stays as it is."
     w = s.weight
     return dict(name=s.name, shape=tuple(w.shape), tokens=tokens, sparsity=1 - torch.count_nonzero(w).item() / max(1, w.numel()), kernel='dense',
                 dense_ms=None, sparse_ms=None, faster=None, dense_bytes=w.nbytes, bytes=w.nbytes, error=None, reason='') | known
 
-# %% ../nbs/api/43_deploy.ipynb #5200c968
+# %% ../nbs/api/43_deploy.ipynb #8e06b0d0
 def settle(layer: Layer, found: Sequence[Candidate], times: Sequence[float], why: str, gain: float) -> tuple[dict[str, Any], SparseLinear | None]:
     "One row of the report, and the layer to put in, if any."
     w, n = layer.site.weight, sum(n * k for n, k in layer.calls.items())
@@ -301,7 +307,7 @@ def settle(layer: Layer, found: Sequence[Candidate], times: Sequence[float], why
     if error > ALLOWED[w.dtype]: return row | dict(error=error, reason=f'{found[i]} is wrong by {error:.1g}, and {ALLOWED[w.dtype]:.1g} is allowed'), None
     return row | dict(kernel=str(found[i]), bytes=new.packed.nbytes, error=error), new
 
-# %% ../nbs/api/43_deploy.ipynb #5cfc7567
+# %% ../nbs/api/43_deploy.ipynb #4fbae6ea
 COLUMNS = ('name', 'shape', 'tokens', 'zeros', 'kernel', 'dense', 'sparse', 'faster', 'bytes', 'error', 'reason')
 
 def cells(r: dict[str, Any]) -> tuple[str, ...]:
@@ -310,13 +316,13 @@ def cells(r: dict[str, Any]) -> tuple[str, ...]:
     return (r['name'], '×'.join(map(str, r['shape'])), str(r['tokens']), f"{r['sparsity']:.1%}", r['kernel'], ms(r['dense_ms']), ms(r['sparse_ms']),
             '' if r['faster'] is None else f"{r['faster']:.2f}x", f"{r['bytes'] / max(1, r['dense_bytes']):.1%}", '' if r['error'] is None else f"{r['error']:.1g}", r['reason'])
 
-# %% ../nbs/api/43_deploy.ipynb #9a70ae3f
+# %% ../nbs/api/43_deploy.ipynb #bd45798a
 def folded(rows: list, most: int = 40) -> list[tuple[str, ...]]:
     "The rows as text; of many, the first and the last."
     body = [cells(r) for r in rows]
     return body if len(body) <= most else body[:most // 2] + [(f'… {len(body) - most} more', *[''] * (len(COLUMNS) - 1))] + body[-most // 2:]
 
-# %% ../nbs/api/43_deploy.ipynb #bd45798a
+# %% ../nbs/api/43_deploy.ipynb #136fe4ac
 @dataclass
 class Deployment:
     "What `export` did: one row for each layer, `.whole` for the model, a table in notebooks, `.to_frame()`."
@@ -347,41 +353,58 @@ class Deployment:
         rows = ''.join('<tr>' + ''.join(f'<td>{escape(x)}</td>' for x in line) + '</tr>' for line in folded(self.rows))
         return f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in COLUMNS)}</tr></thead><tbody>{rows}</tbody></table><p>{escape(self.note)}</p>"
 
-# %% ../nbs/api/43_deploy.ipynb #1be8a349
+# %% ../nbs/api/43_deploy.ipynb #546e07bd
 def items(batch: Any) -> tuple[int, str]:
     "What a batch counts: tokens when its first tensor holds integers, else samples."
     t = next(tensors(batch))
     return (t.numel(), 'tokens') if not t.is_floating_point() else (t.size(0) if t.ndim else 1, 'samples')
 
-# %% ../nbs/api/43_deploy.ipynb #546e07bd
+# %% ../nbs/api/43_deploy.ipynb #335f99a3
 def timed_model(model: nn.Module, batch: Any, seconds: float) -> tuple[float, Any]: # seconds of a batch, and the output
     "Run the whole model as its caller does."
     with torch.no_grad(), evaluating(model):
         out, device = call(model, batch), next(tensors(batch)).device
         return race({'model': [lambda: call(model, batch)]}, device, seconds)['model'], out
 
-# %% ../nbs/api/43_deploy.ipynb #335f99a3
+# %% ../nbs/api/43_deploy.ipynb #2d0db823
+TURNS = 4, 50  # of the whole model, at least and at most
+
+def place(inner: nn.Module, new: Sequence[tuple[Site, SparseLinear]], sparse: bool) -> None:
+    "Put the new layers in, or the old ones back; a layer that is there already stays."
+    for s, m in new: exchange(inner, *((s.module, m) if sparse else (m, s.module)))
+
+def turns(model: nn.Module, inner: nn.Module, out: nn.Module, batch: Any, new: Sequence[tuple[Site, SparseLinear]], seconds: float) -> tuple[float, float]:
+    "Seconds of a batch, dense and sparse in turns; the sparse layers are in at the end. The first call of a turn is not counted."
+    device, start = next(tensors(batch)).device, time.monotonic()
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(TURNS[1]):
+        if i >= TURNS[0] and time.monotonic() - start > seconds: break
+        for sparse, who in enumerate((model, out)):
+            place(inner, new, bool(sparse))
+            with torch.no_grad(), evaluating(who): times[sparse].append(stopwatch([partial(call, who, batch)], device)())
+    return settled(times[0], device), settled(times[1], device)
+
+# %% ../nbs/api/43_deploy.ipynb #143dca06
 def swapped(model: nn.Module, batch: Any, new: list[tuple[Site, SparseLinear]], seconds: float, allowed: float | None) -> tuple[nn.Module, dict[str, Any]]:
     "Put layers in, time and compare the whole model; any error puts the old ones back."
-    (before, right), inner, out = timed_model(model, batch, seconds / 2), unwrapped(model), model
+    inner, out = unwrapped(model), next((m for s, m in new if s.module is model), model)
+    with torch.no_grad(), evaluating(model): right = call(model, batch)
     kinds = [t.dtype for t in tensors(right) if t.is_floating_point()]
     allowed = max((ALLOWED_WHOLE.get(k, .05) for k in kinds + [s.weight.dtype for s, _ in new]), default=.05) if allowed is None else allowed
     try:
-        for s, m in new:
-            if s.module is model: out = m
-            else: exchange(inner, s.module, m)
-        after, got = timed_model(out, batch, seconds / 2)
-        error = mean_difference(got, right)
+        place(inner, new, True)
+        with torch.no_grad(), evaluating(out): error = mean_difference(call(out, batch), right)
         if error > allowed: raise ValueError(f"the outputs differ by {error:.2g} in the mean, and {allowed:.2g} is allowed: pass a larger tolerance=, or fewer sites=")
+        before, after = turns(model, inner, out, batch, new, seconds) if new else [timed_model(model, batch, seconds)[0]] * 2
     except BaseException as e:
-        for s, m in new: exchange(inner, m, s.module)
+        place(inner, new, False)
         if isinstance(e, AttributeError) and 'SparseLinear' in str(e):
             raise ValueError(f"{type(inner).__name__} looks into its layers ({e}): leave those out with sites=; nothing was changed") from e
         raise
     n, unit = items(batch)
     return out, dict(before=before, after=after, items=n, unit=unit, error=error, allowed=allowed)
 
-# %% ../nbs/api/43_deploy.ipynb #94fa9878
+# %% ../nbs/api/43_deploy.ipynb #6f6f0b8a
 def worth(model: nn.Module, sites: Sites | Sequence[Site] | None, batch: Any) -> tuple[list[Layer], dict[str, str]]: # layers; why others stay
     "The linear layers of a model that a batch reaches and that can be exchanged. ValueError when there are none."
     inner = unwrapped(model)
@@ -394,16 +417,17 @@ def worth(model: nn.Module, sites: Sites | Sequence[Site] | None, batch: Any) ->
     left |= {s.name: 'not reached by the example input' for s in ss if s.name not in {*left, *(l.site.name for l in layers)}}
     return layers, left
 
-# %% ../nbs/api/43_deploy.ipynb #143dca06
+# %% ../nbs/api/43_deploy.ipynb #935555f3
 def export(model: nn.Module, # pruned; its layers are exchanged in place
            example_input: Any, # a batch as the model will get it: a tensor, a tuple of arguments, or a dict of keywords
            budget: float = 30., # seconds to spend on measuring; layers beyond stay dense
-           gain: float = 1.05, # how many times faster a layer must be to be exchanged
+           gain: float = 1.05, # how many times faster a layer must be to be exchanged; above 0
            sites: Sites | Sequence[Site] | None = None, # default: every prunable weight but output heads
            tolerance: float | None = None, # of the model's output, in the mean; default by dtype
            graph: bool = False, # time layers as replayed from a CUDA graph
            ) -> tuple[nn.Module, Deployment]: # the model, and what was measured
     "Put the fastest correct kernel behind every linear layer, or leave it dense and say why. All or nothing: an error changes nothing."
+    if not gain > 0: raise ValueError(f"gain={gain} is how many times faster a layer must be to be exchanged: a number above 0, such as 1.05")
     layers, left = worth(model, sites, example_input)
     ss = find_sites(unwrapped(model)) if sites is None else sites
     if not any(bool((s.weight == 0).any()) for s in ss):
@@ -418,24 +442,24 @@ def export(model: nn.Module, # pruned; its layers are exchanged in place
     out, whole = swapped(model, example_input, new, .3 * budget, tolerance)
     return out, Deployment(rows, whole)
 
-# %% ../nbs/api/43_deploy.ipynb #c9fa84ec
+# %% ../nbs/api/43_deploy.ipynb #404edcef
 def machine(device: torch.device, dtype: torch.dtype, seconds: float = 1.) -> tuple[float, float]:
     "Operations per second of a large dense product, bytes per second of a large copy."
     n = 8192 if device.type == 'cuda' else 768
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     k = max(2, math.ceil(2 * cache_bytes(device) / a.nbytes)) if device.type == 'cuda' else 2
-    source = [torch.empty(2**25 if device.type == 'cpu' else n * n * a.element_size(), dtype=torch.uint8, device=device) for _ in range(k)]
+    source = [torch.ones(2**25 if device.type == 'cpu' else n * n * a.element_size(), dtype=torch.uint8, device=device) for _ in range(k)]
     target = torch.empty_like(source[0])
     product_ = race({'product': [lambda: a @ b]}, device, seconds)['product']
     copied = race({'copy': [partial(target.copy_, s) for s in source]}, device, seconds)['copy']
     return 2 * n**3 / product_, 2 * target.nbytes / copied
 
-# %% ../nbs/api/43_deploy.ipynb #eb0cf597
+# %% ../nbs/api/43_deploy.ipynb #7a792bb1
 def limit(p: Packed, tokens: int, rate: float, speed: float) -> float:
     "Seconds that the stored work and the bytes that must move take at least."
     return max(2 * tokens * p.values.numel() / rate, (p.nbytes + tokens * sum(p.shape) * p.dtype.itemsize) / speed)
 
-# %% ../nbs/api/43_deploy.ipynb #404edcef
+# %% ../nbs/api/43_deploy.ipynb #735efddc
 def would(layer: Layer, p: Pattern, sparsity: float) -> Layer:
     "The layer with random zeros of a pattern; the model's own is not touched."
     w, g = layer.site.weight, torch.Generator(layer.site.weight.device).manual_seed(0)
@@ -444,7 +468,7 @@ def would(layer: Layer, p: Pattern, sparsity: float) -> Layer:
     with torch.no_grad(): m.weight.copy_(torch.randn(w.shape, generator=g, device=w.device).where(mask, 0))
     return Layer(Site(layer.site.name, m), layer.calls, layer.inputs)
 
-# %% ../nbs/api/43_deploy.ipynb #211ef944
+# %% ../nbs/api/43_deploy.ipynb #e25f2bff
 def break_even(points: Sequence[tuple[float, float]]) -> float | None: # (sparsity, times faster), None when it is always slower
     "The sparsity from which a pattern is faster, between the measured points on a straight line through the logarithms."
     points = sorted(points)
@@ -454,7 +478,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float | None: # (sparsi
     (s0, f0), (s1, f1) = points[after - 1:after + 1]
     return s0 + (s1 - s0) * math.log(1 / f0) / math.log(f1 / f0)
 
-# %% ../nbs/api/43_deploy.ipynb #0e7c35a3
+# %% ../nbs/api/43_deploy.ipynb #474acb37
 @dataclass
 class Advice:
     "What pruning would bring here: `.rows` by shape, pattern and sparsity, `.model` for the whole model, `.plot()`, `.to_frame()`."
@@ -481,7 +505,7 @@ class Advice:
         "Times faster than dense over sparsity; dashed: what the machine would allow."
         return plot_advice(self, axes)
 
-# %% ../nbs/api/43_deploy.ipynb #7867a328
+# %% ../nbs/api/43_deploy.ipynb #1ae102a1
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 
 def plot_advice(advice: Advice, axes: Any = None) -> Any: # the axes, one for each shape
@@ -506,7 +530,7 @@ def plot_advice(advice: Advice, axes: Any = None) -> Any: # the axes, one for ea
     axes[0].legend(fontsize=8)
     return axes
 
-# %% ../nbs/api/43_deploy.ipynb #4172fff3
+# %% ../nbs/api/43_deploy.ipynb #4c02be2b
 def opinion(layer: Layer, count: int, p: Pattern, name: str, sparsity: float, peak: tuple[float, float], size: int, seconds: float, graph: bool) -> dict[str, Any]:
     "One row: the fastest way to run a layer with random zeros of this pattern, beside the dense layer and the machine's limit."
     row: dict[str, Any] = dict(shape=tuple(layer.site.weight.shape), tokens=sum(n * k for n, k in layer.calls.items()), layers=count, pattern=name, sparsity=p.sparsity or sparsity,
@@ -523,7 +547,7 @@ def opinion(layer: Layer, count: int, p: Pattern, name: str, sparsity: float, pe
     t, dense = times[i + 1], times[0]
     return row | dict(kernel=str(found[i]), sparse_ms=t * 1e3, faster=dense / t, at_most=dense / least, of_limit=least / t)
 
-# %% ../nbs/api/43_deploy.ipynb #b2a76bef
+# %% ../nbs/api/43_deploy.ipynb #8722a359
 def whole_model(rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
     "The time of a batch when every layer takes its faster way and all else stays, by pattern and sparsity."
     out = []
@@ -535,11 +559,32 @@ def whole_model(rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str
         out.append(dict(pattern=p, sparsity=s, dense_ms=seconds * 1e3, ms=t * 1e3, faster=seconds / t))
     return out
 
-# %% ../nbs/api/43_deploy.ipynb #616ca589
+# %% ../nbs/api/43_deploy.ipynb #f64ed031
+def same_dense(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]: # of one layer
+    "The rows with the smallest dense time of all, and what follows from it."
+    dense = min((r['dense_ms'] for r in rows if r['dense_ms']), default=None)
+    def beside(r: dict[str, Any]) -> dict[str, Any]:
+        if r['dense_ms'] is None: return r
+        if not r['faster']: return r | dict(dense_ms=dense)
+        return r | dict(dense_ms=dense, faster=dense / r['sparse_ms'], at_most=dense / r['sparse_ms'] / r['of_limit'])
+    return [beside(r) for r in rows]
+
+# %% ../nbs/api/43_deploy.ipynb #8fe68b33
+def questions(patterns: Any, sparsities: Any) -> list[tuple[Pattern, str, float]]: # pattern, its name, sparsity
+    "What to ask of every layer: each pattern at each sparsity, or at its own. ValueError for none, or for what is no fraction."
+    patterns = [patterns] if isinstance(patterns, (str, Pattern)) else list(patterns)
+    sparsities = [sparsities] if isinstance(sparsities, (int, float)) else list(sparsities)
+    bad = [s for s in sparsities if not 0 < s < 1]
+    if bad or not sparsities: raise ValueError(f"sparsities are fractions of zeros between 0 and 1, not {bad or sparsities}")
+    if not patterns: raise ValueError("patterns=[] asks nothing: name some, such as ['2:4', 'block64']")
+    named = [(read_pattern(p), str(p) if isinstance(p, str) else repr(p).partition(':')[0]) for p in patterns]
+    return [(p, name, s) for p, name in named for s in (sparsities if p.sparsity is None else [p.sparsity])]
+
+# %% ../nbs/api/43_deploy.ipynb #8e164b51
 def advise(model: nn.Module, # not changed
            example_input: Any, # a batch as the model will get it
-           patterns: Sequence[Any] = ('2:4', 'block64', 'unstructured'), # anything that sw.pattern reads
-           sparsities: Sequence[float] = (.5, .7, .8, .9, .95), # for patterns that have none of their own
+           patterns: Any = ('2:4', 'block64', 'unstructured'), # one or several of anything that sw.pattern reads
+           sparsities: float | Sequence[float] = (.5, .7, .8, .9, .95), # for patterns that have none of their own
            budget: float = 60., # seconds to spend on measuring, about
            sites: Sites | Sequence[Site] | None = None, # default: every prunable weight but output heads
            graph: bool = False, # time layers as replayed from a CUDA graph
@@ -547,10 +592,7 @@ def advise(model: nn.Module, # not changed
     "Measure, before pruning, what each pattern would bring on the shapes that this input leads to, with random zeros."
     layers, _ = worth(model, sites, example_input)
     if not layers: raise ValueError("the example input reaches no linear layer that can be exchanged")
-    bad = [s for s in sparsities if not 0 < s < 1]
-    if bad or not sparsities: raise ValueError(f"sparsities are fractions of zeros between 0 and 1, not {bad or sparsities}")
-    named = [(read_pattern(p), str(p) if isinstance(p, str) else repr(p).partition(':')[0]) for p in patterns]
-    plan = [(p, name, s) for p, name in named for s in (sparsities if p.sparsity is None else [p.sparsity])]
+    plan = questions(patterns, sparsities)
     kinds: dict[tuple, list[Layer]] = {}
     for l in layers: kinds.setdefault(l.key, []).append(l)
     size, rows = sum(p.nbytes for p in model.parameters()), []
@@ -561,4 +603,5 @@ def advise(model: nn.Module, # not changed
         for i, (l, (p, name, s)) in enumerate(product([ls[0] for ls in kinds.values()], plan)):
             share = max(0, end - time.monotonic()) / (len(kinds) * len(plan) - i)
             rows.append(opinion(l, len(kinds[l.key]), p, name, s, peaks[l.key[1:3]], size, share, graph))
+    rows = [r for i in range(0, len(rows), len(plan)) for r in same_dense(rows[i:i + len(plan)])]
     return Advice(rows, whole_model(rows, timed_model(model, example_input, .1 * budget)[0]))

@@ -170,4 +170,5 @@ def mvue(x: Tensor, # any shape, e.g. an output gradient (tokens, out)
     start = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator) # in (0, 1], so that what has no probability is never taken
     marks = (p.double().cumsum(1).clamp(max=keep) - start).floor()
     taken = marks.diff(dim=1, prepend=marks.new_full((len(p), 1), -1.)) > 0
-    return torch.where(taken, v / p, 0.).to(x.dtype).reshape(rows.shape).movedim(-1, axis)
+    finite = a.sum(1, keepdim=True).isfinite() # what overflowed passes whole, so that a GradScaler sees it
+    return torch.where(finite, torch.where(taken, v / p, 0.), v).to(x.dtype).reshape(rows.shape).movedim(-1, axis)

@@ -9,14 +9,15 @@ __all__ = ['CHUNK', 'INTS', 'PIECE', 'LOWS', 'SIDES', 'GROUPS', 'SPARSE', 'FORMA
            'written', 'decode', 'combinations', 'digits', 'places_bytes', 'write_numbers', 'read_words', 'read_numbers',
            'word_places', 'group_places', 'put_groups', 'gaps_of', 'rice', 'write_gaps', 'read_gaps', 'low_sums',
            'put_gaps', 'costs', 'any_of', 'pools', 'block_costs', 'grouped', 'group_costs', 'all_costs', 'wanted',
-           'cheapest', 'tiles', 'write_groups', 'write_parts', 'read_twin', 'put_tiles', 'put_blocks', 'put_parts',
-           'read_parts', 'check_plain', 'packed_layers', 'plain_weight', 'layout', 'state', 'contents', 'unwrapped',
-           'whole_name', 'chosen', 'sizes', 'store', 'detached', 'goals', 'collected', 'class_path', 'write_config',
-           'check_target', 'whole', 'side_by_side', 'digest', 'fingerprint', 'package_version', 'save_sparse',
-           'read_json', 'take', 'check_layout', 'check_entry', 'manifest', 'check_files', 'count_ones', 'check_part',
-           'check_bits', 'mapped', 'check_gaps', 'check_numbers', 'check_parts', 'payloads', 'check_fit', 'fill',
-           'clean', 'builder', 'retyped', 'generation', 'Blank', 'rebuilt', 'packed_linear', 'exchange',
-           'kernel_format', 'with_kernels', 'load_sparse', 'masks_from_zeros', 'from_torch_prune']
+           'signed_zeros', 'cheapest', 'tiles', 'write_groups', 'write_parts', 'read_twin', 'put_tiles', 'put_blocks',
+           'put_parts', 'read_parts', 'storable', 'check_plain', 'packed_layers', 'plain_weight', 'layout', 'state',
+           'contents', 'unwrapped', 'whole_name', 'chosen', 'sizes', 'store', 'detached', 'goals', 'collected',
+           'class_path', 'write_config', 'check_target', 'whole', 'side_by_side', 'digest', 'fingerprint', 'seal',
+           'package_version', 'save_sparse', 'read_json', 'take', 'check_layout', 'check_entry', 'manifest',
+           'check_files', 'count_ones', 'check_part', 'check_bits', 'mapped', 'check_gaps', 'check_numbers',
+           'check_parts', 'payloads', 'check_fit', 'fill', 'clean', 'builder', 'retyped', 'generation', 'Blank',
+           'rebuilt', 'packed_linear', 'exchange', 'kernel_format', 'hooked', 'with_kernels', 'load_sparse',
+           'masks_from_zeros', 'from_torch_prune']
 
 # %% ../nbs/api/41_formats.ipynb #a8835b07
 import hashlib
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -376,13 +377,22 @@ def wanted(text: str) -> Callable[[dict[str, Any]], bool]: # is this way of stor
     raise ValueError(f"format {text!r}: use 'auto', {', '.join(map(repr, FORMATS))}, 'block64', 'block64x32' or '2:4'")
 
 # %% ../nbs/api/41_formats.ipynb #ee67a783
+def signed_zeros(t: Tensor, text: str) -> str: # '' when they do not matter
+    "What to do about the -0.0 of a weight when it would fit a format without them."
+    if t.dtype not in SPARSE: return ''
+    signed = (integers(t) != 0) & ((t.float() if t.element_size() == 1 else t).detach().reshape(-1) == 0)
+    plain = integers(t).masked_fill(signed, 0).view(t.dtype).view(t.shape)
+    if not signed.any() or not any(wanted(text)(e) for e, _ in all_costs(plain)): return ''
+    fix = 'weight.data.add_(0.)' if t.element_size() > 1 else 'weight.data.copy_(weight.float() + 0.)'   # nobody adds in 8 bits
+    return f" ({int(signed.sum()):,} of its zeros are -0.0, as weight × mask leaves them: {fix} makes them +0.0)"
+
 def cheapest(t: Tensor, text: str, name: str = 'the weight') -> dict[str, Any]: # its description
     "The smallest way to store a weight among those asked for. ValueError when it fits none."
     fits = [(e, b) for e, b in all_costs(t) if wanted(text)(e)]
-    if not fits: raise ValueError(f"{name} {tuple(t.shape)} {t.dtype} does not fit format {text!r}: use 'auto', or name fewer weights with sites=")
+    if not fits: raise ValueError(f"{name} {tuple(t.shape)} {t.dtype} does not fit format {text!r}{signed_zeros(t, text)}: use 'auto', or name fewer weights with sites=")
     return min(fits, key=lambda x: x[1])[0]
 
-# %% ../nbs/api/41_formats.ipynb #ecb72bb5
+# %% ../nbs/api/41_formats.ipynb #cf057884
 BITS, LOW, HIGH, PLACES = '.bits', '.low', '.high', '.places'
 PARTS = dict(dense=('',), bitmask=('', BITS), csr=('', LOW, HIGH), nm=('', PLACES), block=('', BITS))  # endings of the names of what is stored
 
@@ -399,7 +409,7 @@ def write_groups(bits: Tensor, e: dict[str, Any], dtype: torch.dtype) -> dict[st
     found = numbers[masks]
     return {'': groups[torch.from_numpy(flags[found])].view(dtype), PLACES: write_numbers(found, len(flags))}
 
-# %% ../nbs/api/41_formats.ipynb #cf057884
+# %% ../nbs/api/41_formats.ipynb #2660d920
 def write_parts(x: Tensor, # of the model, on the CPU
                 e: dict[str, Any], # how, from `cheapest`
                 ) -> dict[str, Tensor]: # by the ending of their names
@@ -415,7 +425,7 @@ def write_parts(x: Tensor, # of the model, on the CPU
     grid = (blocks != 0).flatten(2).any(2)
     return {'': blocks[grid].view(x.dtype), BITS: pack(grid.view(-1))}
 
-# %% ../nbs/api/41_formats.ipynb #cbf0e349
+# %% ../nbs/api/41_formats.ipynb #8096a189
 def read_twin(parts: dict[str, Tensor], # from `write_parts`
               e: dict[str, Any], # as there
               out: Tensor) -> Tensor: # out
@@ -434,7 +444,7 @@ def read_twin(parts: dict[str, Tensor], # from `write_parts`
     order[kept] = values.view(-1, *order.shape[kept.ndim:])
     return out.detach().copy_(bits.view(out.dtype))
 
-# %% ../nbs/api/41_formats.ipynb #178ef2fe
+# %% ../nbs/api/41_formats.ipynb #c2b3ab55
 def put_tiles(flat: np.ndarray, # written
               corners: np.ndarray, # (blocks,) place of the first item of each
               tiles: np.ndarray, # (blocks, items)
@@ -447,7 +457,7 @@ def put_tiles(flat: np.ndarray, # written
         inside = (np.arange(i, i + part.shape[1]) // k * width) + np.arange(i, i + part.shape[1]) % k
         flat[(corners[:, None] + inside).reshape(-1)] = part.reshape(-1)
 
-# %% ../nbs/api/41_formats.ipynb #c2b3ab55
+# %% ../nbs/api/41_formats.ipynb #51e8c497
 def put_blocks(out: np.ndarray, # (weights,) integers, written
                values: np.ndarray, # (stored,) of the same type, block after block
                bits: np.ndarray, # a bit for every block of the grid
@@ -463,7 +473,7 @@ def put_blocks(out: np.ndarray, # (weights,) integers, written
         down, right = np.divmod(np.flatnonzero(flags(bits, a * across, b * across)), across)
         put_tiles(flat, (a + down) * (r * width) + right * k, stored[done:(done := done + len(down))], width, k)
 
-# %% ../nbs/api/41_formats.ipynb #51e8c497
+# %% ../nbs/api/41_formats.ipynb #d99f0636
 def put_parts(out: np.ndarray, # (weights,) integers, written
               p: dict[str, np.ndarray], # by the ending of their names
               e: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -483,7 +493,13 @@ def read_parts(parts: dict[str, Tensor], # from `write_parts`, checked
     if e['format'] == 'bitmask': return decode(parts[''], parts[BITS], out)
     return written(out, lambda flat: put_parts(flat, {n: t.numpy() if n else array(t) for n, t in parts.items()}, e, tuple(out.shape)))
 
-# %% ../nbs/api/41_formats.ipynb #f3a58d5c
+# %% ../nbs/api/41_formats.ipynb #121324bf
+@lru_cache
+def storable(dtype: torch.dtype) -> bool:
+    "Does safetensors know the dtype?"
+    try: return bool(save({'x': torch.empty(0, dtype=dtype)}))
+    except (KeyError, RuntimeError, ValueError): return False
+
 def check_plain(name: str, t: Any) -> None:
     "ValueError that names the entry when it is not an ordinary tensor that lies in memory."
     kind = type(t).__name__
@@ -492,10 +508,12 @@ def check_plain(name: str, t: Any) -> None:
     elif is_traceable_wrapper_subclass(t): why = "no ordinary tensor: convert it first, e.g. gather shards with full_tensor()"
     elif t.layout != torch.strided or t.is_quantized: why = f"{t.layout}, {t.dtype}: make it dense first, with to_dense() or dequantize()"
     elif any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride())): why = "expanded, its weights share memory: clone() it first"
+    elif not storable(t.dtype): why = f"{text(t.dtype)}, which safetensors cannot hold: convert it first, e.g. complex128 with torch.view_as_real"
+    elif name == '__metadata__': why = "under a name that safetensors keeps for itself: rename it"
     else: return
     raise ValueError(f"{name} is a {kind}, {why}")
 
-# %% ../nbs/api/41_formats.ipynb #121324bf
+# %% ../nbs/api/41_formats.ipynb #e4779688
 def packed_layers(model: nn.Module) -> dict[str, SparseLinear]: # by the name of their weight
     "Layers whose weight is packed, as `export` puts them in."
     return {f'{n}.weight'.lstrip('.'): m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
@@ -513,7 +531,7 @@ def layout(model: nn.Module, name: str) -> str: # '' for a plain weight
     r, c = m.values.shape[1:][::-1] if getattr(m, 'turned', False) else m.values.shape[1:]
     return 'csr' if r == c == 1 else f'block{r}x{c}'
 
-# %% ../nbs/api/41_formats.ipynb #e4779688
+# %% ../nbs/api/41_formats.ipynb #c7d27d0c
 def state(model: nn.Module) -> Iterator[tuple[str, Any, bool]]: # name, tensor, does the model hold it?
     "The state dict, with the dense weight of every packed layer in the place of its parts."
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -523,7 +541,7 @@ def state(model: nn.Module) -> Iterator[tuple[str, Any, bool]]: # name, tensor, 
         if name not in parts: yield name, t, id(t) in own
         elif name.endswith('values'): yield parts[name], plain_weight(layers[parts[name]]), True
 
-# %% ../nbs/api/41_formats.ipynb #c7d27d0c
+# %% ../nbs/api/41_formats.ipynb #64dcdbc0
 def contents(model: nn.Module) -> list[tuple[str, Tensor, list[str]]]: # name, tensor in the model, its other names
     "What the state dict of a model holds, tied tensors once; ValueError for what cannot be stored as it is."
     found: dict[Any, tuple[str, Tensor, list[str]]] = {}
@@ -535,7 +553,7 @@ def contents(model: nn.Module) -> list[tuple[str, Tensor, list[str]]]: # name, t
         else: found[place] = (name, t, [])
     return list(found.values())
 
-# %% ../nbs/api/41_formats.ipynb #2d605bac
+# %% ../nbs/api/41_formats.ipynb #a11a0f35
 def unwrapped(model: nn.Module) -> nn.Module:
     "The module inside torch.compile; TypeError for what is no module."
     if not isinstance(model, nn.Module): raise TypeError(f"a model is an nn.Module, not a {type(model).__name__}: pass the module itself")
@@ -545,7 +563,7 @@ def whole_name(name: str) -> str:
     "The state-dict key that a site belongs to: an expert is a part of the stacked parameter."
     return re.sub(r'\[\d+\]$', '', name)
 
-# %% ../nbs/api/41_formats.ipynb #a11a0f35
+# %% ../nbs/api/41_formats.ipynb #6d5879f7
 def chosen(model: nn.Module,
            sites: Iterable[Site] | None, # None: all but output heads
            report: Report | None = None, # the weights that it names are added
@@ -558,7 +576,7 @@ def chosen(model: nn.Module,
                          f"sites and report must belong to the model that is saved")
     return names
 
-# %% ../nbs/api/41_formats.ipynb #c35b8b26
+# %% ../nbs/api/41_formats.ipynb #c77c4a49
 def sizes(model: nn.Module,
           sites: Iterable[Site] | None = None, # default: every prunable weight but output heads
           ) -> list[dict[str, Any]]: # name, shape, dtype, density (of what a bitmask stores), bytes by format, the smallest format
@@ -574,7 +592,7 @@ def sizes(model: nn.Module,
                          **by, best=min(found, key=lambda x: x[1])[0]))
     return rows
 
-# %% ../nbs/api/41_formats.ipynb #cdbdd1ab
+# %% ../nbs/api/41_formats.ipynb #5f78e72b
 FILES = ('model.safetensors', 'config.json', 'generation_config.json')  # what may lie beside sparsity.json
 MARK, VERSION = 'sparse_workbench', 1
 
@@ -589,13 +607,13 @@ def store(t: Tensor, # of the model
     nnz = parts[''].numel() if e['format'] != 'dense' else int(torch.count_nonzero(integers(t))) if t.dtype in SPARSE else t.numel() - zeros
     return e | dict(nnz=nnz, achieved=zeros / max(1, t.numel())), parts
 
-# %% ../nbs/api/41_formats.ipynb #5f78e72b
+# %% ../nbs/api/41_formats.ipynb #76242fa3
 def detached(t: Tensor) -> Tensor: # contiguous, on the CPU, alone in its memory
     "A tensor as safetensors wants it; copied only when it must be."
     t = t.detach().cpu().contiguous()
     return t if t.untyped_storage().nbytes() == t.numel() * t.element_size() else t.clone()
 
-# %% ../nbs/api/41_formats.ipynb #76242fa3
+# %% ../nbs/api/41_formats.ipynb #f7be311b
 def goals(report: Report | None, sites: list[Site] | None) -> dict[str, float]: # by key of the state dict
     "The sparsity that was asked of each weight: by the report, or by sites that carry one."
     told = [dict(name=s.name, params=s.numel, asked=s.sparsity) for s in sites or () if s.sparsity]
@@ -604,7 +622,7 @@ def goals(report: Report | None, sites: list[Site] | None) -> dict[str, float]: 
     for r in rows: by.setdefault(whole_name(r['name']), []).append((r['params'], float(r['asked'])))
     return {name: x[0][1] if len({a for _, a in x}) == 1 else sum(n * a for n, a in x) / sum(n for n, _ in x) for name, x in by.items()}
 
-# %% ../nbs/api/41_formats.ipynb #f7be311b
+# %% ../nbs/api/41_formats.ipynb #4d5f63e8
 def collected(model: nn.Module, format: str, report: Report | None, sites: list[Site] | None,
               ) -> tuple[dict[str, dict], dict[str, Tensor]]:
     "Entries of sparsity.json, and the tensors of model.safetensors."
@@ -624,7 +642,7 @@ def collected(model: nn.Module, format: str, report: Report | None, sites: list[
             used.add(tensors[key].untyped_storage().data_ptr())
     return entries, tensors
 
-# %% ../nbs/api/41_formats.ipynb #6dd54cbe
+# %% ../nbs/api/41_formats.ipynb #992ede8c
 OWN = 'sparse_workbench.zoo.Llama'
 
 def class_path(model: nn.Module) -> str | None:
@@ -634,7 +652,7 @@ def class_path(model: nn.Module) -> str | None:
     if not kind.__module__.startswith('transformers.'): return None
     return f'transformers.{kind.__name__}' if getattr(importlib.import_module('transformers'), kind.__name__, None) is kind else None
 
-# %% ../nbs/api/41_formats.ipynb #992ede8c
+# %% ../nbs/api/41_formats.ipynb #a49b2ec7
 def write_config(model: nn.Module, folder: Path) -> None:
     "config.json and generation_config.json, of a model that has them, as transformers reads them."
     config: Any = getattr(model, 'config', None)
@@ -647,11 +665,12 @@ def write_config(model: nn.Module, folder: Path) -> None:
     generation = getattr(model, 'generation_config', None)
     if hasattr(generation, 'to_json_string'): (folder/'generation_config.json').write_text(generation.to_json_string(), encoding='utf-8')
 
-# %% ../nbs/api/41_formats.ipynb #749d48df
+# %% ../nbs/api/41_formats.ipynb #114dd315
 def check_target(folder: Path) -> None:
     "FileExistsError when the folder holds something that `save_sparse` did not write."
     if not folder.exists(): return
     if not folder.is_dir(): raise FileExistsError(f"{folder} is a file: name a folder")
+    if folder.samefile('.'): raise FileExistsError(f"{str(folder)!r} is the folder you work in, which cannot be replaced: name another")
     there = {p.name for p in folder.iterdir()}
     if strange := sorted(there - {*FILES, 'sparsity.json'}):
         raise FileExistsError(f"{folder} holds {', '.join(strange[:3])}, which save_sparse did not write: "
@@ -659,7 +678,7 @@ def check_target(folder: Path) -> None:
     if there and ('sparsity.json' not in there or read_json(folder/'sparsity.json').get('format') != MARK):
         raise FileExistsError(f"{folder} was not written by save_sparse: choose another folder, or remove it")
 
-# %% ../nbs/api/41_formats.ipynb #114dd315
+# %% ../nbs/api/41_formats.ipynb #5075cf5d
 @contextmanager
 def whole(folder: Path, # to make or replace
           ) -> Iterator[Path]: # an empty folder to write into
@@ -678,14 +697,14 @@ def whole(folder: Path, # to make or replace
     finally: shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/api/41_formats.ipynb #a46b88be
+# %% ../nbs/api/41_formats.ipynb #1cdcef79
 SPAN, CORES = 2**24, os.cpu_count() or 1  # bytes of a file that are hashed together; threads that work at the same time
 
 def side_by_side(f: Callable, items: Iterable, threads: int = CORES) -> list:
     "`map` in a few threads; of several errors the one of the first item is raised."
     with ThreadPoolExecutor(min(8, threads)) as pool: return list(pool.map(f, items))
 
-# %% ../nbs/api/41_formats.ipynb #1cdcef79
+# %% ../nbs/api/41_formats.ipynb #c23b0499
 def digest(path: Path, start: int, size: int) -> bytes:
     "SHA-256 of a part of a file."
     found, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
@@ -703,12 +722,16 @@ def fingerprint(path: Path, span: int = SPAN) -> dict[str, Any]: # bytes, sha256
     digests = side_by_side(lambda start: digest(path, start, span), range(0, size, span), 4 * CORES)        # most of them wait for the disk
     return dict(bytes=size, sha256=hashlib.sha256(b''.join(digests)).hexdigest(), span=span)
 
+def seal(head: dict[str, Any]) -> str: # SHA-256 in hexadecimal
+    "Checksum of a description, but for the checksum that it holds itself; the order of its keys does not count."
+    return hashlib.sha256(json.dumps({k: v for k, v in head.items() if k != 'sha256'}, sort_keys=True).encode()).hexdigest()
+
 def package_version() -> str | None: # None when the package is used without being installed
     "The installed version of this package."
     try: return metadata.version('sparse_workbench')
     except metadata.PackageNotFoundError: return None
 
-# %% ../nbs/api/41_formats.ipynb #c23b0499
+# %% ../nbs/api/41_formats.ipynb #730416a1
 def save_sparse(model: nn.Module, # any model; it is not changed
                 folder: str | Path, # made, or replaced when `save_sparse` wrote it
                 format: str = 'auto', # of prunable weights: the smallest for each, or 'dense', 'bitmask', 'csr', 'nm', 'block', '2:4', 'block64x32' …
@@ -726,10 +749,10 @@ def save_sparse(model: nn.Module, # any model; it is not changed
         head = {'format': MARK, 'version': VERSION, 'package': package_version(), 'model': type(model).__name__,
                 'class': class_path(model), 'note': report.note if report else '',
                 'files': {p.name: fingerprint(p) for p in sorted(part.iterdir())}, 'tensors': entries}
-        (part/'sparsity.json').write_text(json.dumps(head, indent=1, allow_nan=False), encoding='utf-8')
+        (part/'sparsity.json').write_text(json.dumps(head | dict(sha256=seal(head)), indent=1, allow_nan=False), encoding='utf-8')
     return folder
 
-# %% ../nbs/api/41_formats.ipynb #69b56b09
+# %% ../nbs/api/41_formats.ipynb #7532c923
 MOST_JSON = 2**26  # bytes of a description: room for hundreds of thousands of tensors
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -747,7 +770,7 @@ def take(d: dict[str, Any], key: str, kind: type, where: str) -> Any:
     if type(d[key]) is not kind: raise ValueError(f"{where}: {key!r} must be {kind.__name__}, not {d[key]!r:.60}")
     return d[key]
 
-# %% ../nbs/api/41_formats.ipynb #7532c923
+# %% ../nbs/api/41_formats.ipynb #8180f7fc
 def check_layout(e: dict[str, Any], shape: list[int], where: str) -> None:
     "ValueError when what a format says about itself does not fit the shape and the number of values."
     if e['format'] == 'csr' and not 0 <= take(e, 'planes', int, where) <= LOWS: raise ValueError(f"{where}: 'planes' is {e['planes']!r:.60}, and a gap has 0 to {LOWS}")
@@ -761,7 +784,7 @@ def check_layout(e: dict[str, Any], shape: list[int], where: str) -> None:
         if len(size) != 2 or not all(type(x) is int and x > 0 for x in size) or m[0] % size[0] or m[1] % size[1] or e['nnz'] % math.prod(size):
             raise ValueError(f"{where}: 'block' {size!r:.60} does not give {e['nnz']!r:.60} values of {shape}")
 
-# %% ../nbs/api/41_formats.ipynb #8180f7fc
+# %% ../nbs/api/41_formats.ipynb #da7c8d84
 def check_entry(name: str, e: Any, where: str) -> None:
     "ValueError when the description of a tensor is not one."
     where = f'{where}: tensor {name!r:.200}'
@@ -782,7 +805,7 @@ def check_entry(name: str, e: Any, where: str) -> None:
     if not 0 <= take(e, 'nnz', int, where) <= n: raise ValueError(f"{where}: 'nnz' is {e['nnz']!r:.60}, and {shape} has {n} weights")
     check_layout(e, shape, where)
 
-# %% ../nbs/api/41_formats.ipynb #da7c8d84
+# %% ../nbs/api/41_formats.ipynb #ca54f4bc
 def manifest(folder: str | Path, # from `save_sparse`
              ) -> dict[str, Any]: # the content of sparsity.json: class, note, files, and `tensors` by name
     "Read and check the description of a saved model; the weights are not opened. ValueError names what is wrong."
@@ -792,6 +815,7 @@ def manifest(folder: str | Path, # from `save_sparse`
     if m.get('format') != MARK: raise ValueError(f"{path}: 'format' is {m.get('format')!r:.60}, not {MARK!r}: not a folder of save_sparse")
     if (v := take(m, 'version', int, str(path))) != VERSION:
         raise ValueError(f"{path}: version {v}, and this package reads version {VERSION}")
+    if 'sha256' in m and m['sha256'] != seal(m): raise ValueError(f"{path}: damaged, its checksum is not the one that it holds: copy it again")
     if m.get('class', '') is not None: take(m, 'class', str, str(path))
     for key, kind in dict(note=str, model=str, files=dict, tensors=dict).items(): take(m, key, kind, str(path))
     for name, e in m['tensors'].items(): check_entry(name, e, str(path))
@@ -799,7 +823,7 @@ def manifest(folder: str | Path, # from `save_sparse`
     if twice := [n for n, k in names.items() if k > 1]: raise ValueError(f"{path}: tensor {twice[0]!r:.200} is there twice")
     return m
 
-# %% ../nbs/api/41_formats.ipynb #df07b00d
+# %% ../nbs/api/41_formats.ipynb #10bc3ff4
 def check_files(folder: Path, files: dict[str, Any]) -> None:
     "ValueError when a file is missing, of another size, or damaged."
     where = f"{folder/'sparsity.json'}: files"
@@ -815,7 +839,7 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
         if fingerprint(path, span)['sha256'] != sha:
             raise ValueError(f"{path}: damaged, its checksum is not the one in sparsity.json: copy it again")
 
-# %% ../nbs/api/41_formats.ipynb #a9b0eec1
+# %% ../nbs/api/41_formats.ipynb #e67d6b66
 def count_ones(bits: Tensor) -> int: # (bytes,) uint8
     "How many bits are set; eight bytes at a time."
     b, words = bits.numpy(), len(bits) // 8
@@ -835,7 +859,7 @@ def check_bits(bits: Tensor, # (bytes,) uint8
     if n != nnz: raise ValueError(f"{where} has {n} ones for {nnz} values")
     if weights % 8 and int(bits[-1]) >> weights % 8: raise ValueError(f"{where} has ones after the last of its {weights} weights")
 
-# %% ../nbs/api/41_formats.ipynb #79b67753
+# %% ../nbs/api/41_formats.ipynb #4a93cc24
 def mapped(path: Path) -> dict[str, Tensor]: # on the CPU; the bytes are read when they are used
     "The tensors of a safetensors file; ValueError when it is none."
     try:
@@ -843,7 +867,7 @@ def mapped(path: Path) -> dict[str, Tensor]: # on the CPU; the bytes are read wh
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError, AttributeError, KeyError) as e:
         raise ValueError(f"{path}: not a readable safetensors file ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/api/41_formats.ipynb #1791885d
+# %% ../nbs/api/41_formats.ipynb #712673ac
 def check_gaps(low: Tensor, high: Tensor, weights: int, nnz: int, where: str) -> None:
     "ValueError when gaps do not lead to `nnz` places inside the weight."
     n = count_ones(high)
@@ -854,13 +878,13 @@ def check_gaps(low: Tensor, high: Tensor, weights: int, nnz: int, where: str) ->
     last = (last << len(low)) + sum(count_ones(plane) << k for k, plane in enumerate(low)) + nnz
     if last > weights: raise ValueError(f"{where}: its last value lies at {last}, after the last of {weights} weights")
 
-# %% ../nbs/api/41_formats.ipynb #712673ac
+# %% ../nbs/api/41_formats.ipynb #fb1dc936
 def check_numbers(data: Tensor, groups: int, ways: int, where: str) -> None:
     "ValueError when words do not hold `groups` numbers below `ways`."
     words, g = read_words(data.numpy(), ways), digits(ways)[0]
     if len(words) and (words.max() >= ways**g or words[-1] >= ways**(groups % g or g)): raise ValueError(f"{where + PLACES} holds a number that names no places")
 
-# %% ../nbs/api/41_formats.ipynb #fb1dc936
+# %% ../nbs/api/41_formats.ipynb #8991bf5d
 def check_parts(parts: dict[str, Tensor], e: dict[str, Any], where: str) -> None:
     "ValueError when the stored tensors are not what their entry says."
     how, n, nnz = e['format'], math.prod(e['shape']), e.get('nnz', 0)
@@ -879,7 +903,7 @@ def check_parts(parts: dict[str, Tensor], e: dict[str, Any], where: str) -> None
         check_part(parts[PLACES], [places_bytes(groups, e['keep'], e['of'])], 'uint8', where + PLACES)
         check_numbers(parts[PLACES], groups, ways, where)
 
-# %% ../nbs/api/41_formats.ipynb #8991bf5d
+# %% ../nbs/api/41_formats.ipynb #e346dc25
 def payloads(folder: Path, # from `save_sparse`
              entries: dict[str, dict], # of its sparsity.json
              ) -> dict[str, dict[str, Tensor]]: # by name: what is stored, by the ending of its name
@@ -893,7 +917,7 @@ def payloads(folder: Path, # from `save_sparse`
     side_by_side(lambda n: check_parts(found[n], entries[n], f'{path}: tensor {n!r:.200}'), entries)
     return found
 
-# %% ../nbs/api/41_formats.ipynb #76e3af0d
+# %% ../nbs/api/41_formats.ipynb #e1b389e8
 def check_fit(path: Path, entries: dict[str, dict], model: nn.Module,
               ) -> dict[str, Tensor]: # the model's tensors by name, tied ones under each
     "ValueError that names the first thing in which file and model differ."
@@ -913,7 +937,7 @@ def check_fit(path: Path, entries: dict[str, dict], model: nn.Module,
         if owner[first] != owner[n]: raise ValueError(f"{where} is tied to {first!r} in the {kind}, and not in the file: untie them first")
     return {n: t for n, (t, _) in held.items()}
 
-# %% ../nbs/api/41_formats.ipynb #e1b389e8
+# %% ../nbs/api/41_formats.ipynb #7044d3dd
 def fill(held: dict[str, Tensor], entries: dict[str, dict], data: dict[str, dict[str, Tensor]]) -> None:
     "Write checked payloads into the tensors of a model, in place, several at a time and the large ones first."
     def write(name: str) -> None:
@@ -921,7 +945,7 @@ def fill(held: dict[str, Tensor], entries: dict[str, dict], data: dict[str, dict
             for t in {id(held[n]): held[n] for n in (name, *entries[name]['aliases'])}.values(): read_parts(data[name], entries[name], t)
     side_by_side(write, sorted(entries, key=lambda n: -held[n].nbytes))
 
-# %% ../nbs/api/41_formats.ipynb #95f7a9aa
+# %% ../nbs/api/41_formats.ipynb #2527ee17
 EXPANSION = 256    # times the file: zeros of 99.6 % in 16 bits; what asks for more is built by its owner and passed as model=
 SPARE = 2**30      # bytes for buffers that are computed and not stored
 DROPPED = re.compile(r'.*implementation.*|auto_map|use_pretrained_backbone|num_labels')
@@ -939,7 +963,7 @@ def clean(raw: Any, # parsed config.json, or a part of it
             raise ValueError(f"{where}: {key!r} is {value!r:.60}, more than the file has tensors for")
     return {k: clean(v, most, where) for k, v in raw.items() if not DROPPED.fullmatch(k)}
 
-# %% ../nbs/api/41_formats.ipynb #2527ee17
+# %% ../nbs/api/41_formats.ipynb #7dc90c3c
 def builder(kind: str, # a class that `class_path` names
             raw: dict[str, Any], # cleaned config.json
             where: str) -> Callable[[], nn.Module]:
@@ -954,7 +978,7 @@ def builder(kind: str, # a class that `class_path` names
         raise ValueError(f"{where}: class {kind!r} is not a model of transformers {home.__version__}: pass model=")
     return lambda: cls._from_config(cls.config_class.from_dict(json.loads(json.dumps(raw))))
 
-# %% ../nbs/api/41_formats.ipynb #7dc90c3c
+# %% ../nbs/api/41_formats.ipynb #e8303a3b
 def retyped(model: nn.Module, entries: dict[str, dict]) -> nn.Module:
     "The same model with floating-point tensors in the dtype that the file gives them; those that change are left empty."
     for name, t, _ in contents(model):
@@ -968,7 +992,7 @@ def generation(path: Path) -> Any:
     try: return kind.from_dict(raw)
     except Exception as e: raise ValueError(f"{path}: no generation settings ({type(e).__name__}: {e})") from e
 
-# %% ../nbs/api/41_formats.ipynb #8333ed7a
+# %% ../nbs/api/41_formats.ipynb #7e4af386
 class Blank(TorchFunctionMode):
     "While a model is built, functions that fill its parameters are left out: a file is about to do that."
     def __init__(self, kind: type = nn.Parameter): # what is not filled
@@ -980,7 +1004,7 @@ class Blank(TorchFunctionMode):
         if isinstance(x, self.kind) and re.fullmatch(r'.*[^_]_', name) and name != 'requires_grad_': return x
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/api/41_formats.ipynb #7e4af386
+# %% ../nbs/api/41_formats.ipynb #f7d554bf
 def rebuilt(folder: Path,
             m: dict[str, Any], # from `manifest`
             device: str | torch.device) -> nn.Module: # in evaluation mode; its weights are still to be filled in
@@ -1005,7 +1029,7 @@ def rebuilt(folder: Path,
     if settings is not None: model.generation_config = settings
     return model
 
-# %% ../nbs/api/41_formats.ipynb #6fe5394d
+# %% ../nbs/api/41_formats.ipynb #df3e1015
 def packed_linear(module: nn.Module, # Linear, or Conv1D of transformers
                   format: str, block: tuple[int, int] | None, # of the operator
                   exact: bool = True, # store a -0.0; otherwise only what is not zero
@@ -1020,14 +1044,14 @@ def packed_linear(module: nn.Module, # Linear, or Conv1D of transformers
     if turned: out.turned = True  # type: ignore[assignment]
     return out
 
-# %% ../nbs/api/41_formats.ipynb #df3e1015
+# %% ../nbs/api/41_formats.ipynb #70c2a532
 def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     "Put a module in the place of another, under all its names."
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old: parent._modules[name] = new
 
-# %% ../nbs/api/41_formats.ipynb #70c2a532
+# %% ../nbs/api/41_formats.ipynb #6b2fb87b
 def kernel_format(e: dict[str, Any], turned: bool) -> tuple[str, tuple[int, int] | None] | None:
     "The operator's format and block of a stored weight, when it has one."
     if e['format'] == 'csr': return 'block', (1, 1)
@@ -1035,20 +1059,24 @@ def kernel_format(e: dict[str, Any], turned: bool) -> tuple[str, tuple[int, int]
     if e['format'] == 'nm' and (e['keep'], e['of'], e['axis']) == (2, 4, 0 if turned else 1): return '2:4', None
     return ('bitmask', None) if e['format'] == 'bitmask' else None
 
-# %% ../nbs/api/41_formats.ipynb #6b2fb87b
+# %% ../nbs/api/41_formats.ipynb #c0bf6923
+def hooked(m: nn.Module) -> bool:
+    "Does a layer have hooks, or a forward of its own? A packed one in its place would run neither."
+    return 'forward' in vars(m) or any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+
 def with_kernels(model: nn.Module, entries: dict[str, dict]) -> None:
     "Pack the linear layers that were packed, or else all that are stored so, where a kernel of this machine multiplies them."
     some = {n: e for n, e in entries.items() if e.get('packed')} or entries
     for name, e in some.items():
         m = model.get_submodule(name.rpartition('.')[0])
-        if e['aliases'] or name.rpartition('.')[2] != 'weight' or type(m) is not nn.Linear and type(m).__name__ != 'Conv1D' or m is model: continue
+        if e['aliases'] or name.rpartition('.')[2] != 'weight' or type(m) is not nn.Linear and type(m).__name__ != 'Conv1D' or m is model or hooked(m): continue
         if (found := kernel_format(e, type(m) is not nn.Linear)) is None: continue
         new = packed_linear(m, *found)
         try: reference = choose(found[0], new.values, 256).device is None
         except LookupError: continue
         if not reference: exchange(model, m, new)
 
-# %% ../nbs/api/41_formats.ipynb #c0bf6923
+# %% ../nbs/api/41_formats.ipynb #87d0406b
 def load_sparse(folder: str | Path, # from `save_sparse`
                 model: nn.Module | None = None, # filled in place, where it lies; default: built from the folder
                 device: str | torch.device = 'cpu', # of a model that is built here
@@ -1068,7 +1096,7 @@ def load_sparse(folder: str | Path, # from `save_sparse`
     if kernels: with_kernels(target, m['tensors'])
     return target if model is None else model
 
-# %% ../nbs/api/41_formats.ipynb #c60cb180
+# %% ../nbs/api/41_formats.ipynb #329293ef
 def masks_from_zeros(model: nn.Module,
                      sites: Iterable[Site] | None = None, # default: every prunable weight but output heads
                      ) -> dict[str, Tensor]: # name: bool like the weight, True where it is not zero
@@ -1078,7 +1106,7 @@ def masks_from_zeros(model: nn.Module,
         raise ValueError(f"no weight of {', '.join(list(masks)[:4])}{' …' if len(masks) > 4 else ''} is zero: this model is not pruned (or its zeros were trained away)")
     return masks
 
-# %% ../nbs/api/41_formats.ipynb #329293ef
+# %% ../nbs/api/41_formats.ipynb #cb496cdd
 def from_torch_prune(model: nn.Module) -> dict[str, Tensor]: # name: bool like the weight, True = kept
     "End every torch.nn.utils.prune in the model: weights become plain again, zeros stay, as +0.0. ValueError when there is none."
     from torch.nn.utils import prune

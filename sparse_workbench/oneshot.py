@@ -14,7 +14,7 @@ from torch import nn
 
 from .allocation import Allocate, explicit, uniform
 from .core import Report, Site, Sites, check_finite, masked_, report, sites, zeros
-from .patterns import (Pattern, asked, at_once, check_shard, drops, geometry, magnitude_cut, magnitude_standing, magnitude_zero_, masks,
+from .patterns import (Pattern, asked, at_once, check_shard, drops, fitted, magnitude_cut, magnitude_standing, magnitude_zero_, masks,
                                        pattern as read_pattern, scan, threshold, together, unstructured)
 from .rules import Rule, apply_mask
 from .scores import Score, magnitude
@@ -25,12 +25,13 @@ def find_cut(site: Site, score: Score, p: Pattern, sparsity: float) -> tuple[flo
     "Check one site and find its threshold; None for patterns that decide inside rows."
     check_shard(site, p)
     if not site.numel: return None
-    g = geometry(p, tuple(site.shape))
+    g = fitted(site, p)
     size = g.nr * g.k * g.nc if p.group == (-1, -1) else g.gr * g.gc
     drop = drops(p, 1, size, sparsity)
     if p.group == (-1, -1) and 0 < int(drop) < size:
         return threshold(lambda: ((f, 1) for _, f in scan(site, score, p)), int(drop))
-    for _ in scan(site, score, p): pass
+    if not getattr(score, 'finite', False):
+        for _ in scan(site, score, p): pass
     return None
 
 # %% ../nbs/api/25_oneshot.ipynb #c7618e97

@@ -9,7 +9,7 @@ __all__ = ['OPS', 'cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern'
            'count', 'above', 'magnitudes', 'cut_magnitudes', 'stand_magnitudes', 'zero_magnitudes_', 'magnitude_cut',
            'magnitude_standing', 'magnitude_zero_', 'sorted_keep', 'keep_top', 'squares', 'prices', 'repair',
            'exchange', 'search_squares', 'best_squares', 'square_keep', 'Transposable', 'transposable', 'row_unit',
-           'check_scores', 'scan', 'together', 'at_once', 'check_shard', 'groups_before', 'masks']
+           'check_scores', 'fitted', 'scan', 'together', 'at_once', 'check_shard', 'groups_before', 'masks']
 
 # %% ../nbs/api/12_patterns.ipynb #43afa96b
 import re
@@ -56,7 +56,7 @@ def along(pattern: 'Pattern', shape: tuple[int, ...], axis: str, n: int, tile: i
     unit = tile * max(1, group)
     if n % unit and pattern.tail == 'raise':
         raise ValueError(f"{pattern!r} needs a multiple of {unit} along {axis}, but the weight {tuple(shape)} has {n}. Choose "
-                         f"tail='pad' (fill up), tail='dense' (the last {n % unit} stay), another size, or ignore this layer")
+                         + "tail='pad' (fill up), " * getattr(pattern, 'fills', True) + f"tail='dense' (the last {n % unit} stay), another size, or ignore this layer")
     whole = n // unit * unit if pattern.tail == 'dense' else -(-n // tile) * tile
     return whole // tile, -(-whole // unit) * unit // tile
 
@@ -83,6 +83,7 @@ class Pattern:
     tail: str = 'raise'                 # what to do with an axis that does not divide: 'raise', 'pad' or 'dense'
     sparsity: float | None = None       # the only sparsity it stands for, as in 2:4; None = any
     name: str = ''                      # how it prints
+    fills = True                        # may a group be filled up, as tail='pad' does?
 
     def __post_init__(self):
         if self.layout not in ('channels_last', 'flat', 'kernel'): raise ValueError(f"layout {self.layout!r}: use 'channels_last', 'flat' or 'kernel'")
@@ -498,6 +499,7 @@ def square_keep(scores: Tensor, # (squares, of, of)
 @dataclass(frozen=True, repr=False)
 class Transposable(Pattern):
     "N:M along both axes: squares, in which every row and every column keeps as many."
+    fills = False
     def keep(self, folded: Tensor, drop: int | Tensor) -> Tensor:
         of = self.group[0]
         n = of - int(drop) / of
@@ -533,16 +535,22 @@ def check_scores(site: Site, x: Any, score: Callable) -> Tensor:
         raise ValueError(f"{name} gives NaN or infinite scores for {site.name}, whose weights are finite")
     return x
 
-# %% ../nbs/api/12_patterns.ipynb #4740edc0
+# %% ../nbs/api/12_patterns.ipynb #09fd4938
+def fitted(site: Site, p: Pattern) -> Geometry:
+    "`geometry` of a site; its ValueError names the site."
+    try: return geometry(p, tuple(site.shape))
+    except ValueError as e: raise ValueError(f"{site.name}: {e}") from None
+
+# %% ../nbs/api/12_patterns.ipynb #6441f0b5
 def scan(site: Site, # the weight
          score: Callable[[Site], Tensor], # criterion: larger = more important
          p: Pattern) -> Iterator[tuple[Site, Tensor]]: # (slab, folded scores), in the order of the rows
     "Scores of a weight, folded, a slab at a time."
-    geometry(p, tuple(site.shape))
+    fitted(site, p)
     unit = row_unit(p) if getattr(score, 'rowwise', False) else 0
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
-# %% ../nbs/api/12_patterns.ipynb #dcb1969b
+# %% ../nbs/api/12_patterns.ipynb #be3dc17c
 def together(sites: Sequence[Site]) -> bool:
     "Are the weights contiguous, of one type, on one GPU, so that one launch can take them all?"
     ws = [s.weight for s in sites if s.numel]
@@ -553,7 +561,7 @@ def at_once(sites: Sequence[Site], p: Pattern, score: Callable) -> bool:
     plain = all(s.shape[:2].numel() == s.numel or p.layout == 'flat' for s in sites)
     return score is magnitude and type(p) is Pattern and (p.tile, p.group) == ((1, 1), (-1, -1)) and plain and together(sites)
 
-# %% ../nbs/api/12_patterns.ipynb #be3dc17c
+# %% ../nbs/api/12_patterns.ipynb #451a86c8
 def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
     "ValueError when pattern or criterion compare weights that lie on different ranks."
     places = getattr(site.parameter, 'placements', ())
@@ -567,13 +575,13 @@ def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:
             raise ValueError(f"{site.name} is sharded as {places}, and {getattr(score, '__name__', score)} may look at the whole weight: "
                              f"take another criterion, or mark yours with @criterion() when a row's score depends on that row alone")
 
-# %% ../nbs/api/12_patterns.ipynb #03998eab
+# %% ../nbs/api/12_patterns.ipynb #e8ae6455
 def groups_before(site: Site, p: Pattern) -> int:
     "Groups of the whole weight that lie before the site's, on other ranks."
     g, unit = geometry(p, tuple(site.shape)), row_unit(p)
     return first_row(site) // unit * (g.k * g.pc // g.gc) if unit and g.gc else 0
 
-# %% ../nbs/api/12_patterns.ipynb #6ad4cbe2
+# %% ../nbs/api/12_patterns.ipynb #910f5513
 def masks(site: Site, # the weight
           score: Callable[[Site], Tensor], # criterion: larger = more important
           p: Pattern,
@@ -585,7 +593,7 @@ def masks(site: Site, # the weight
     if not site.numel:
         yield site, torch.ones(site.shape, dtype=torch.bool, device=site.weight.device)
         return
-    g, first = geometry(p, tuple(site.shape)), groups_before(site, p)
+    g, first = fitted(site, p), groups_before(site, p)
     if p.group != (-1, -1) or cut is None and site.weight.is_cuda and site.numel <= 2**26:
         for s, f in scan(site, score, p):
             yield s, p.unfold(p.keep(f, drops(p, f.size(0), f.size(1), sparsity, first)), s.shape)

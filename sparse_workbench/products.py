@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Product', 'linear_gradients', 'conv_gradients', 'turned', 'Rerouted', 'backward_weight', 'low', 'multiplied',
-           'check_route', 'reroute', 'mvue_of']
+           'check_route', 'reroute', 'mvue_of', 'sampled_tokens']
 
 # %% ../nbs/api/34_products.ipynb #336422b7
 from collections.abc import Callable, Sequence
@@ -66,9 +66,12 @@ class Rerouted:
         self.made: tuple[Any, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        m = self.site.module
-        if self.site.latent is None or not self.site.sparsity or not torch.is_grad_enabled(): return type(m).forward(m, x)
-        return multiplied(self, x)
+        m, s = self.site.module, self.site
+        if not s.sparsity or not torch.is_grad_enabled(): return type(m).forward(m, x)
+        if s.latent is not None: return multiplied(self, x)
+        if not torch.compiler.is_compiling() and s.mask is not None and s.mask._is_view(): # of a bucket's flat mask, which detach takes it out of
+            raise ValueError(f"{s.name} was rerouted and has no dense weight beside the one that is seen: attach a sparsifier whose flow keeps one, such as flows.ste")
+        return type(m).forward(m, x)
 
 # %% ../nbs/api/34_products.ipynb #fd06c5a4
 def backward_weight(r: Rerouted) -> Tensor: # like the site
@@ -108,15 +111,18 @@ def check_route(site: Site, back: Pattern | None, sample: Any) -> None:
     m, out = site.module, f"leave it out with ignore=[{site.name!r}]"
     conv = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if not conv and not isinstance(m, nn.Linear) and type(m).__name__ != 'Conv1D': raise ValueError(f"{site.name} is a weight of {type(m).__name__}; only linear layers and convolutions can multiply backwards with something else: {out}")
-    if hasattr(site.parameter, 'placements'): raise ValueError(f"{site.name} is sharded, and a second mask needs the whole dense weight on every rank: train with DistributedDataParallel, or {out}")
+    if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear): raise ValueError(f"{site.name} is read by nn.MultiheadAttention itself, past its own layer's forward: {out}")
+    if site.aliases: raise ValueError(f"{site.name} is also {site.aliases[0]}: where that is another layer, its forward would not change; {out}")
+    if back is not None and hasattr(site.parameter, 'placements'): raise ValueError(f"{site.name} is sharded, and a second mask needs the whole dense weight on every rank: train with DistributedDataParallel, or {out}")
     if conv and sample: raise ValueError(f"{site.name} is a convolution, whose output gradient is no matrix of tokens to sample: {out}")
     if not isinstance(m.__dict__.get('forward'), (Rerouted, type(None))): raise ValueError(f"the forward of {site.name} was replaced already: undo that first, or {out}")
     if back is None: return
     geometry(back, tuple(site.shape))
-    rows = site.shape[0] // getattr(m, 'groups', 1)
-    if back.group[0] > 1 and rows % back.group[0]: raise ValueError(f"{site.name} is a convolution in {m.groups} groups of {rows} outputs, which are summed apart in the backward product; {rows} is no multiple of {back.group[0]}: take another N:M, or {out}") # type: ignore[union-attr]
+    groups = getattr(m, 'groups', 1)
+    rows = site.shape[0] // groups
+    if groups > 1 and back.group[0] > 1 and rows % back.group[0]: raise ValueError(f"{site.name} is a convolution in {groups} groups of {rows} outputs, which are summed apart in the backward product; {rows} is no multiple of {back.group[0]}: take another N:M, or {out}")
 
-# %% ../nbs/api/34_products.ipynb #656c5e49
+# %% ../nbs/api/34_products.ipynb #7ce5da9e
 def reroute(ss: Sequence[Site], # attached later, with a flow that keeps a dense weight
             back: Pattern | None = None, # of the backward product; None = the weight as it is seen
             sample: Callable[[Tensor], Tensor] | None = None, # of the output gradient (tokens, out), e.g. mvue_of()
@@ -126,5 +132,10 @@ def reroute(ss: Sequence[Site], # attached later, with a flow that keeps a dense
     for s in ss: s.module.forward = Rerouted(s, back, sample) # type: ignore[method-assign]
 
 def mvue_of(keep: int = 2, of: int = 4) -> Callable[[Tensor], Tensor]: # output gradient (tokens, out) -> its sample
-    "Sample N of every M tokens of an output gradient; the mean is the gradient."
-    return partial(mvue, keep=keep, of=of, axis=0)
+    "Sample N of every M tokens of an output gradient; the mean is the gradient. Tokens that are left over are sampled beside zeros."
+    return partial(sampled_tokens, keep=keep, of=of)
+
+def sampled_tokens(dy: Tensor, keep: int, of: int) -> Tensor:
+    "`mvue` along the tokens, of any number of them."
+    n = len(dy)
+    return mvue(F.pad(dy, (0, 0, 0, -n % of)) if n % of else dy, keep, of, 0)[:n]

@@ -6,8 +6,8 @@
 __all__ = ['EVENTS', 'Bucket', 'join', 'parts', 'spread', 'packed', 'pack', 'buckets', 'needs', 'stamp', 'check_unchanged',
            'kept', 'pass_gradient', 'enter', 'optimizer_state', 'newborn', 'check_all_finite', 'arriving', 'joint',
            'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'around', 'unscaled', 'rehearsal',
-           'before_step', 'Sparsifier', 'check_attach', 'first_masks', 'attach', 'detach', 'flipped', 'changes',
-           'Events', 'record', 'state_dict', 'load_state_dict', 'copy_stats']
+           'before_step', 'Sparsifier', 'check_fit', 'check_attach', 'first_masks', 'attach', 'detach', 'flipped',
+           'changes', 'Events', 'record', 'state_dict', 'load_state_dict', 'copy_stats']
 
 # %% ../nbs/api/23_sparsifier.ipynb #9935b7bc
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .allocation import Allocate, explicit, uniform
 from .core import Report, Site, check_finite, local, masked, report
 from .flows import Flow, cut
-from .patterns import Pattern, asked, check_shard, drops, keep_top, pattern as read_pattern, unstructured
+from .patterns import Pattern, asked, check_shard, drops, fitted, keep_top, pattern as read_pattern, unstructured
 from .rules import Rule, keep_best
 from .schedules import Schedule, When, constant, every, once
 from .scores import magnitude
@@ -32,6 +32,7 @@ class Bucket:
     sites: list[Site]
     sizes: list[int]
     flat: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict) # 'mask', 'latent' -> flat tensor, its parts
+    own: bool = False # may the dense weights be written in place? not while a state may hold them
 
 def join(ts: Sequence[Tensor]) -> Tensor: # flat; a single tensor shares its memory where it can
     "One after the other."
@@ -198,8 +199,9 @@ def show(sp: 'Sparsifier') -> None:
         for b in sp.buckets:
             ws = [s.weight for s in b.sites]
             w = join(ws)
-            if sp.flow.latent and b.sites[0].latent is None: pack(b, 'latent', w.clone())
+            if sp.flow.latent and not (b.own and b.sites[0].latent is not None): pack(b, 'latent', w.clone())
             elif sp.flow.latent: packed(b, 'latent').copy_(w)
+            b.own = True
             at_once = sp.flow.see_site is None
             seen = sp.flow.see(w, packed(b, 'mask'), sp.t) if at_once else join([sp.flow.see_site(s, sp.pattern, sp.t) for s in b.sites]) # type: ignore[misc]
             spread(b, ws, seen)
@@ -285,6 +287,16 @@ class Sparsifier:
     def __repr__(self): return f"Sparsifier({len(self.sites)} sites, {getattr(self.rule, '__name__', self.rule)}, {self.pattern!r}, {self.flow!r}, step {self.t})"
 
 # %% ../nbs/api/23_sparsifier.ipynb #f30778f8
+def check_fit(s: Site, p: Pattern) -> None:
+    "ValueError that names the weight when the pattern does not divide it, or reaches from one group of a convolution into the next."
+    m, n = s.module, p.group[0] * max(1, p.tile[0])
+    if s.numel: fitted(s, p)
+    rows = m.out_channels // m.groups if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and m.groups > 1 else 0
+    if p.group[0] > 1 and rows % n:
+        raise ValueError(f"{s.name} is a convolution in {m.groups} groups of {rows} outputs, which are summed apart in the backward product; "
+                         f"{rows} is no multiple of {n}: take another N:M, or leave it out with ignore=[{s.name!r}]")
+
+# %% ../nbs/api/23_sparsifier.ipynb #78dccd75
 def check_attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
     "ValueError when this sparsifier and this optimizer do not go together; it names the weight and the way out."
     if sp.hooks: raise ValueError("this sparsifier is attached already: detach() it first, or make another one")
@@ -296,11 +308,13 @@ def check_attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> None:
     for other in (h.sparsifier for h in optimizer._optimizer_step_post_hooks.values() if hasattr(h, 'sparsifier')):
         if both := {id(s.parameter) for s in sp.sites} & {id(s.parameter) for s in other.sites}:
             raise ValueError(f"{next(s.name for s in sp.sites if id(s.parameter) in both)} is in another sparsifier on this optimizer: detach() that one first")
-    for s in sp.sites: check_shard(s, sp.pattern)
+    for s in sp.sites:
+        check_shard(s, sp.pattern)
+        check_fit(s, sp.pattern)
     if getattr(sp.rule, 'latent', False) and not sp.flow.latent:
         raise ValueError(f"{getattr(sp.rule, '__name__', sp.rule)} works on the dense weight that a flow keeps, and {sp.flow!r} keeps none: use flow=ste, or another with a latent weight")
 
-# %% ../nbs/api/23_sparsifier.ipynb #78dccd75
+# %% ../nbs/api/23_sparsifier.ipynb #70a41295
 def first_masks(sp: Sparsifier) -> None:
     "The masks at attach: those of a state that was loaded before; else the rule's when it is time; else everything is kept."
     sp.buckets = buckets(sp.sites)
@@ -312,7 +326,7 @@ def first_masks(sp: Sparsifier) -> None:
     if sp.when(sp.t) and not sp.loaded: choose(sp)
     sp.loaded = False
 
-# %% ../nbs/api/23_sparsifier.ipynb #70a41295
+# %% ../nbs/api/23_sparsifier.ipynb #f369371f
 def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # itself
     "Choose the first masks and hook into the optimizer; ValueError leaves model and optimizer untouched."
     while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer): optimizer = optimizer.optimizer # type: ignore[attr-defined] # a host's wrapper
@@ -329,21 +343,23 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # it
     sp.hooks = [optimizer.register_step_pre_hook(lambda o, a, k: before_step(sp, o, a, k)), optimizer.register_step_post_hook(post)]
     return sp
 
-# %% ../nbs/api/23_sparsifier.ipynb #8ea04b21
+# %% ../nbs/api/23_sparsifier.ipynb #649e395d
 def detach(sp: Sparsifier) -> Sparsifier:
     "Unhook; the model keeps the seen weights, the dense ones are dropped."
     for h in sp.hooks: h.remove()
     sp.hooks, sp.optimizer, sp.buckets = [], None, []
-    for s in sp.sites: s.latent, s.mask, s.state = None, None if s.mask is None else s.mask.clone(), {}
+    for s in sp.sites:
+        if s.latent is not None: s.stats.pop('scale', None)                      # the weights that are left hold it already
+        s.latent, s.mask, s.state = None, None if s.mask is None else s.mask.clone(), {}
     return sp
 
-# %% ../nbs/api/23_sparsifier.ipynb #1f207bdb
+# %% ../nbs/api/23_sparsifier.ipynb #d5587599
 def flipped(sp: Sparsifier, old: Sequence[Tensor]) -> list[Tensor]: # bool and flat, one for each bucket
     "Where a change of masks has turned an entry, from the masks before it; whoever counts flips asks here."
     was = iter(old)
     return [packed(b, 'mask') ^ join([next(was) for _ in b.sites]) for b in sp.buckets]
 
-# %% ../nbs/api/23_sparsifier.ipynb #c089b4c9
+# %% ../nbs/api/23_sparsifier.ipynb #14b98c64
 EVENTS = dict(dropped='weights', grown='weights', sparsity='fraction', grad_kept='L2 norm', grad_pruned='L2 norm', explored='fraction')
 
 def changes(s: Site, turned: Tensor) -> Tensor: # (names of EVENTS,), NaN where nothing is known
@@ -354,7 +370,7 @@ def changes(s: Site, turned: Tensor) -> Tensor: # (names of EVENTS,), NaN where 
     seen = s.stats['explored'].float().mean() if 'explored' in s.stats else unknown
     return torch.stack([(turned & was).sum().float(), (turned & m).sum().float(), 1 - m.float().mean(), *g, seen])
 
-# %% ../nbs/api/23_sparsifier.ipynb #5949e8f1
+# %% ../nbs/api/23_sparsifier.ipynb #5de96cdb
 class Events:
     "Records of every change of masks, as flat rows: step, site, name, value, unit."
     needs = ('grad',)
@@ -374,27 +390,31 @@ def record(sp: Sparsifier) -> Events: # filled as training goes on
     sp.listeners.append(events := Events())
     return events
 
-# %% ../nbs/api/23_sparsifier.ipynb #9ff4bc14
+# %% ../nbs/api/23_sparsifier.ipynb #4310e454
 def state_dict(sp: Sparsifier) -> dict[str, Any]:
-    "Everything a resumed run needs besides model and optimizer: tensors and plain values only."
+    "Everything a resumed run needs besides model and optimizer: tensors and plain values only. No copy, but training leaves it as it is."
+    for b in sp.buckets: b.own = False
     keep = lambda s: dict(mask=s.mask, latent=s.latent, sparsity=s.sparsity, stats=dict(s.stats))
     return dict(t=sp.t, pattern=repr(sp.pattern), flow=repr(sp.flow),
                 sites={s.name: {k: v for k, v in keep(s).items() if v is not None} for s in sp.sites})
 
-# %% ../nbs/api/23_sparsifier.ipynb #47edccda
+# %% ../nbs/api/23_sparsifier.ipynb #d21c9e73
 def load_state_dict(sp: Sparsifier, state: dict[str, Any]) -> None:
     "Restore `state_dict`; ValueError, before anything changes, when it belongs to another model, pattern or flow."
+    if odd := {'t', 'pattern', 'flow', 'sites'} - state.keys(): raise ValueError(f"this is no state of a sparsifier, it has no {', '.join(map(repr, sorted(odd)))}: pass what state_dict() of a Sparsifier gave")
     for k in ('pattern', 'flow'):
         if state[k] != repr(getattr(sp, k)): raise ValueError(f"the checkpoint was made with {k} {state[k]}, this sparsifier has {getattr(sp, k)!r}")
     if odd := set(state['sites']) ^ {s.name for s in sp.sites}:
         raise ValueError(f"the checkpoint is of other sites; only one side has {', '.join(sorted(odd)[:5])}")
     for s in sp.sites:
-        m = state['sites'][s.name].get('mask')
-        if m is not None and m.shape != s.shape: raise ValueError(f"{s.name} is {tuple(s.shape)}, in the checkpoint {tuple(m.shape)}")
+        for k in ('mask', 'latent'):
+            if (t := state['sites'][s.name].get(k)) is None: continue
+            if t.shape != s.shape: raise ValueError(f"{s.name} is {tuple(s.shape)}, its {k} in the checkpoint {tuple(t.shape)}")
+            if (t.dtype == torch.bool) != (k == 'mask'): raise ValueError(f"the {k} of {s.name} in the checkpoint is {t.dtype}: it is damaged")
     sp.t, sp.loaded = state['t'], not sp.hooks
     for s in sp.sites:
-        for k, v in state['sites'][s.name].items(): setattr(s, k, v.clone().to(s.weight.device) if isinstance(v, Tensor) else copy_stats(v))
+        for k, v in state['sites'][s.name].items(): setattr(s, k, v.clone().to(s.weight.device) if isinstance(v, Tensor) else copy_stats(v, s.weight.device))
 
-def copy_stats(v: Any) -> Any:
-    "A copy of a dict of tensors; a plain value as it is."
-    return {k: t.clone() for k, t in v.items()} if isinstance(v, dict) else v
+def copy_stats(v: Any, device: torch.device) -> Any:
+    "A copy of a dict of tensors, on the device of the weight; a plain value as it is."
+    return {k: t.clone().to(device) for k, t in v.items()} if isinstance(v, dict) else v

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'KEEPS', 'NORMS', 'ELEMENTWISE', 'METHODS', 'SECOND', 'LAST', 'swap_gains', 'channel_order', 'reorder',
-           'Chain', 'role', 'used_once', 'classes', 'width', 'chains', 'permute', 'Scaled', 'grown', 'linear_sites',
-           'add_scales', 'fold_scales', 'Helped', 'start', 'add_low_rank']
+           'Chain', 'role', 'used_once', 'classes', 'width', 'chains', 'permute', 'Scaled', 'grown', 'elsewhere',
+           'linear_sites', 'add_scales', 'fold_scales', 'Helped', 'start', 'add_low_rank']
 
 # %% ../nbs/api/40_surgery.ipynb #ef7738fb
 import operator
@@ -172,16 +172,26 @@ def grown(w: Tensor, # (out, in)
     return (w.unflatten(1, (scale.size(1), -1)) * scale[..., None]).flatten(1)
 
 # %% ../nbs/api/40_surgery.ipynb #de698f90
+def elsewhere(model: nn.Module, s: Site) -> str: # '' where only its layer's forward reads the weight
+    "Who else reads a weight, past what the forward of its layer adds."
+    if isinstance(s.module, nn.modules.linear.NonDynamicallyQuantizableLinear): return 'is read by nn.MultiheadAttention itself'
+    others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is s.parameter and model.get_submodule(n.rpartition('.')[0]) is not s.module]
+    if others: return f'is also {others[0]}'
+    fast = any(isinstance(m, nn.TransformerEncoderLayer) and s.module in (m.linear1, m.linear2) for m in model.modules())
+    return 'is read by nn.TransformerEncoderLayer itself, unless torch.backends.mha.set_fastpath_enabled(False) comes first' if fast and torch.backends.mha.get_fastpath_enabled() else ''
+
+# %% ../nbs/api/40_surgery.ipynb #a79a7e22
 def linear_sites(model: nn.Module, what: str, of: int, which: dict) -> list[Site]:
     "Linear layers that may get something beside their weight; ValueError for any other."
     ss = sites(model, **which)
     for s in ss:
         if not isinstance(s.module, nn.Linear) and type(s.module).__name__ != 'Conv1D': raise ValueError(f"{what} goes with linear layers, and {s.name} is a weight of {type(s.module).__name__}: leave it out with ignore=[{s.name!r}]")
+        if why := elsewhere(model, s): raise ValueError(f"{s.name} {why}, where {what} would be missing: leave it out with ignore=[{s.name!r}]")
         if 'forward' in s.module.__dict__: raise ValueError(f"the forward of {s.name} was replaced already: undo that first, or leave it out with ignore=[{s.name!r}]")
         if s.shape[1] % of: raise ValueError(f"{what} needs {of} to divide the inputs, and {s.name} has {s.shape[1]}: take another number, or leave it out with ignore=[{s.name!r}]")
     return ss
 
-# %% ../nbs/api/40_surgery.ipynb #e340e70a
+# %% ../nbs/api/40_surgery.ipynb #302eaf8c
 def add_scales(model: nn.Module, groups: int = 2, **which) -> None: # in place; parameters `….scale` (out, groups)
     "CAST's weight scaling. Make the optimizer afterwards; end with fold_scales."
     if groups < 1: raise ValueError(f"groups={groups!r}: a row has at least one scale, and the paper uses 2")
@@ -196,7 +206,7 @@ def fold_scales(model: nn.Module) -> None:
         with torch.no_grad(): s.weight.copy_(grown(s.weight, m.scale)) # type: ignore[arg-type]
         del m.forward, m.scale
 
-# %% ../nbs/api/40_surgery.ipynb #0e0ecbe7
+# %% ../nbs/api/40_surgery.ipynb #49f49525
 class Helped:
     "A linear layer's forward, plus S of the sums of runs of inputs."
     def __init__(self, site: Site, k: int): self.site, self.k = site, k
@@ -205,14 +215,14 @@ class Helped:
         sums = F.linear(x, m.gather) if hasattr(m, 'gather') else x.unflatten(-1, (-1, self.k)).sum(-1)
         return type(m).forward(m, x) + F.linear(sums, m.helper)
 
-# %% ../nbs/api/40_surgery.ipynb #bfead31e
+# %% ../nbs/api/40_surgery.ipynb #42336dfc
 def start(removed: Tensor, # (out, in) what pruning takes away
           k: int, init: str) -> Tensor: # (out, in / k)
     "Where S begins."
     runs = removed.unflatten(1, (-1, k))
     return dict(mean=runs.mean(2), sum=runs.sum(2), xavier=torch.zeros_like(runs[..., 0]))[init]
 
-# %% ../nbs/api/40_surgery.ipynb #42336dfc
+# %% ../nbs/api/40_surgery.ipynb #c181086a
 def add_low_rank(model: nn.Module, # in place: parameters `….helper` (out, in / k), and `….gather` (in / k, in) where that matrix is no plain sum
                  k: int = 64, pattern: Any = nm(2, 4), sparsity: float | None = None, init: str = 'mean', trainable: bool = False,
                  score: Score = magnitude, **which) -> None:

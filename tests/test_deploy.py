@@ -55,7 +55,7 @@ def test_the_fastest_right_kernel_is_put_in(table):
     register(instant())
     model, x = network()
     plain, right = copy.deepcopy(model), model(x)
-    model, told = export(model, x, budget=60, gain=0.)
+    model, told = export(model, x, budget=60, gain=1e-9)
     kinds = {r['name']: r['kernel'] for r in told.rows}
     assert kinds['0.weight'].startswith('instant') and kinds['2.weight'].startswith('instant')
     for n, m in model.named_children():
@@ -90,7 +90,7 @@ def test_a_wrong_kernel_does_not_get_in(table):
         register(replace(instant(), forward=wrong))
         model, x = network()
         plain = copy.deepcopy(model)
-        model, told = export(model, x, budget=30, gain=0.)
+        model, told = export(model, x, budget=30, gain=1e-9)
         assert told.total['sparse'] == 0 and any('is wrong by' in r['reason'] for r in told.rows) and same(model, plain)
 
 
@@ -143,7 +143,7 @@ def test_minus_zero_is_no_weight(table):
     register(instant())
     model, x = network()
     with torch.no_grad(): model[0].weight.masked_fill_(model[0].weight == 0, -0.)
-    model, told = export(model, x, budget=30, gain=0.)
+    model, told = export(model, x, budget=30, gain=1e-9)
     assert told.rows[0]['sparsity'] == pytest.approx(.9, abs=.01) and model[0].values.numel() < .2 * 256 * 512
 
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_exchanged(table):
     model, x = Odd().eval(), torch.randn(2, 8, 64)
     prune(model, .9, pattern='block16', ignore=['conv'])
     right = model(x)
-    model, told = export(model, dict(x=x), budget=30, gain=0.)
+    model, told = export(model, dict(x=x), budget=30, gain=1e-9)
     why = {r['name']: r['reason'] for r in told.rows}
     assert not why['plain.weight'] and isinstance(model.plain, SparseLinear)
     for name, reason in {'tied.weight': 'its weight is also other.weight', 'hooked.weight': 'it has hooks', 'patched.weight': 'it has hooks', 'unused.weight': 'not reached by the example input',
@@ -191,7 +191,7 @@ def test_flags_modes_and_shared_modules(table):
     model = nn.ModuleDict(dict(a=nn.Sequential(shared, nn.ReLU()), b=shared, c=model[0])).train()
     model['c'].weight.requires_grad_(False)
     model.forward = lambda x: model['c'](model['b'](model['a'](x)))
-    model, told = export(model, x, budget=30, gain=0.)
+    model, told = export(model, x, budget=30, gain=1e-9)
     assert model['a'][0] is model['b'] and isinstance(model['b'], SparseLinear) and model.training and model['b'].training
     assert not model['c'].values.requires_grad and model['c'].bias.requires_grad and model['b'].values.requires_grad
 
@@ -200,7 +200,7 @@ def test_a_model_that_is_one_layer(table):
     register(instant())
     layer = network()[0][0]
     x = torch.randn(64, 256)
-    model, told = export(layer, (x,), budget=30, gain=0.)
+    model, told = export(layer, (x,), budget=30, gain=1e-9)
     assert isinstance(model, SparseLinear) and torch.allclose(model(x), layer(x), atol=1e-5)
 
 
@@ -217,6 +217,8 @@ def test_a_model_that_is_one_layer(table):
     (TypeError, 'not a dict: pass the module itself', dict(model={})),
     (ValueError, 'graph=True replays CUDA graphs, and the model is not on a CUDA device', dict(graph=True)),
     (ValueError, 'sites=.. names no layer', dict(sites=[])),
+    (ValueError, 'gain=nan is how many times faster', dict(gain=float('nan'))),
+    (ValueError, 'gain=0 is how many times faster', dict(gain=0)),
     (ValueError, 'the outputs differ by .* and 0 is allowed: pass a larger tolerance=', dict(tolerance=0., noise=1e-6))])
 def test_errors(table, error, words, how):
     k = instant()
@@ -225,7 +227,7 @@ def test_errors(table, error, words, how):
     model, x = network(how.pop('prune', 'block16'))
     model, x = how.pop('model', model), how.pop('x', x)
     before = copy.deepcopy(model)
-    with pytest.raises(error, match=words): export(model, x, budget=1, gain=0., **how)
+    with pytest.raises(error, match=words): export(model, x, **dict(budget=1, gain=1e-9) | how)
     if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()): assert same(model, before)
     if isinstance(model, nn.Module): assert not any(m._forward_pre_hooks or isinstance(m, SparseLinear) for m in model.modules())
 
@@ -247,7 +249,7 @@ def test_a_failure_puts_everything_back(table):
         model, x = network()
         model = kind(model)
         before, modules = copy.deepcopy(model), list(model.modules())
-        with pytest.raises(error, match=words): export(model, x, budget=30, gain=0.)
+        with pytest.raises(error, match=words): export(model, x, budget=30, gain=1e-9)
         assert same(model, before) and list(model.modules()) == modules and not count
 
 
@@ -269,6 +271,27 @@ def test_the_race():
     calls = []
     race({'dense': [lambda: None], 'hopeless': [lambda: (calls.append(1), time.sleep(.003))]}, torch.device('cpu'), .05)
     assert len(calls) == 3, 'a warm-up and two rounds'
+
+
+def test_before_and_after_are_timed_in_turns(table):
+    "A call to warm up and one on the clock, dense and sparse as often; the new layers are in at the end."
+    register(instant())
+    model, x = network()
+    seen = []
+    class Counts(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+        def forward(self, x):
+            seen.append(isinstance(self.inner[0], SparseLinear))
+            return self.inner(x)
+    model = Counts(model)
+    layers = [(s, deploy.packed_layer(l, candidates(s.weight, [64])[0][0])) for s, l in ((l.site, l) for l in watch(model, sites(model), x))]
+    del seen[:]
+    out, told = deploy.swapped(model, x, layers, 0., None)
+    turns = seen[2:]
+    assert out is model and turns == [False, False, True, True] * (len(turns) // 4) and len(turns) >= 16
+    assert told['before'] > 0 and told['after'] > 0 and model.inner[0] is layers[0][1]
 
 
 def test_copies_outgrow_the_cache_but_not_the_model():
@@ -299,7 +322,7 @@ def test_exported_models_are_saved_and_trained(table, tmp_path):
     register(instant())
     model, x = network()
     plain, masks = copy.deepcopy(model), masks_from_zeros(model)
-    model, told = export(model, x, budget=30, gain=0., sites=sites(model, include=['0', '2']))
+    model, told = export(model, x, budget=30, gain=1e-9, sites=sites(model, include=['0', '2']))
     save_sparse(model, tmp_path/'m')
     back = load_sparse(tmp_path/'m', copy.deepcopy(plain))
     assert same(back, plain) and masks_from_zeros(back).keys() == masks.keys()
@@ -317,7 +340,7 @@ def test_compiled_models(table):
     model, x = network(sparsity=.97)
     compiled = torch.compile(model, backend='eager')
     right = compiled(x)
-    out, told = export(compiled, x, budget=30, gain=0.)
+    out, told = export(compiled, x, budget=30, gain=1e-9)
     assert out is compiled and told.total['sparse'] == 3 and any(isinstance(m, SparseLinear) for m in model)
     torch.compiler.reset()
     assert torch.allclose(compiled(x), right, atol=1e-5)
@@ -341,6 +364,10 @@ def test_advice(table):
     with pytest.raises(ValueError, match="unknown pattern 'blok'"): advise(model, x, ['blok'])
     with pytest.raises(ValueError, match='sparsities are fractions of zeros between 0 and 1'): advise(model, x, sparsities=[.5, 90])
     with pytest.raises(ValueError, match='the example input is on meta'): advise(model, x.to('meta'))
+    with pytest.raises(ValueError, match='patterns=.. asks nothing'): advise(model, x, [])
+    alone = advise(model, x, '2:4', .9, budget=1)
+    assert {(r['pattern'], r['sparsity']) for r in alone.rows} == {('2:4', .5)}
+    for shape in {r['shape'] for r in told.rows}: assert len({r['dense_ms'] for r in told.rows if r['shape'] == shape} - {None}) == 1
 
 
 def test_advice_is_what_export_finds(table):

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import time
 import tracemalloc
@@ -274,9 +275,9 @@ def test_checksum_of_spans(tmp_path, monkeypatch):
     m = json.loads((folder/'sparsity.json').read_text())
     for change, words in ((dict(span=0), "'span' is 0, and a span has"), (dict(span=-2**20), "'span' is -1048576"), (dict(span=2**19), "'span' is 524288"), (dict(span='9'), "'span' must be int"),
                           (dict(span=2**21), 'damaged'), (dict(span=2**70), 'damaged'), (dict(sha256=hashlib.sha256(good).hexdigest()), 'damaged')):
-        (folder/'sparsity.json').write_text(json.dumps(m | dict(files={'model.safetensors': told | change})))
+        tell(folder, m | dict(files={'model.safetensors': told | change}))
         with pytest.raises(ValueError, match=words): load_sparse(folder, other(model))
-    (folder/'sparsity.json').write_text(json.dumps(m | dict(files={'model.safetensors': dict(bytes=len(good), sha256=hashlib.sha256(good).hexdigest())})))
+    tell(folder, m | dict(files={'model.safetensors': dict(bytes=len(good), sha256=hashlib.sha256(good).hexdigest())}))
     assert_same(load_sparse(folder, other(model)), model)
 
 
@@ -405,6 +406,20 @@ def test_minus_zero_is_a_value_and_achieved_counts_it_as_zero(tmp_path):
     assert load_sparse(tmp_path/'m', nn.Linear(8, 2, bias=False)).weight.signbit().sum() == 3
 
 
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_what_minus_zeros_keep_from_fitting(tmp_path, dtype):
+    w = torch.randn(32, 64)
+    mask = pattern('2:4').select(w.abs(), None)
+    model = Bag((w * mask).to(dtype))
+    fix = 'weight.data.add_(0.)' if dtype.itemsize > 1 else 'weight.data.copy_(weight.float() + 0.)'
+    words = f"does not fit format '2:4' ({int((w[~mask] < 0).sum())} of its zeros are -0.0, as weight × mask leaves them: {fix} makes them +0.0): use 'auto'"
+    with pytest.raises(ValueError, match=re.escape(words)): save_sparse(model, tmp_path/'m', '2:4', sites=model.sites())
+    eval(fix, dict(weight=model.p0))                                                 # the advice is followed to the letter
+    assert manifest(save_sparse(model, tmp_path/'m', '2:4', sites=model.sites()))['tensors']['p0']['format'] == 'nm'
+    full = Bag(torch.full((4, 4), -0.).index_fill_(0, torch.tensor([1]), 1.).to(dtype))
+    with pytest.raises(ValueError, match="does not fit format '2:4': use 'auto'"): save_sparse(full, tmp_path/'m', '2:4', sites=full.sites())
+
+
 def test_which_weights_are_stored_sparse(tmp_path):
     model = nn.ModuleDict(dict(a=nn.Linear(8, 8), b=nn.Linear(8, 8), head=nn.Linear(8, 8)))
     with torch.no_grad():
@@ -530,6 +545,20 @@ def test_loaded_into_kernels_and_back(tmp_path, how, format):
     with pytest.raises(ValueError, match='is packed already: load into a dense model'): load_sparse(tmp_path/'m', fast)
 
 
+@needs_mkl
+def test_layers_with_hooks_stay_dense(tmp_path):
+    "A packed layer in the place of one with hooks would not run them."
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    prune(model, .8, pattern='block16')
+    back, x = other(model), torch.randn(3, 64)
+    back[1].register_forward_hook(lambda m, args, out: 2 * out)
+    back[2].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    back[3].forward = lambda x: nn.functional.linear(x, back[3].weight)
+    load_sparse(save_sparse(model, tmp_path/'m'), back, kernels=True)
+    assert [isinstance(m, SparseLinear) for m in back] == [True, False, False, False]
+    assert torch.allclose(back(x), nn.functional.linear(model[2](2 * model[1](model[0](x)) + 1), model[3].weight), atol=1e-4)
+
+
 def test_kernels_only_where_there_are_some(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).bfloat16()
     prune(model, .8, pattern='block16')
@@ -630,7 +659,7 @@ def test_replaced_only_when_complete(tmp_path, monkeypatch):
     assert_same(load_sparse(folder, other(model)), model)
 
 
-def test_foreign_folders_are_left_alone(tmp_path):
+def test_foreign_folders_are_left_alone(tmp_path, monkeypatch):
     model, folder = pair(tmp_path)
     (tmp_path/'file').write_text('x')
     for name, content in [('mine', 'notes'), ('theirs', None)]:
@@ -643,6 +672,12 @@ def test_foreign_folders_are_left_alone(tmp_path):
     (folder/'tokenizer.json').write_text('{}')
     with pytest.raises(FileExistsError, match='tokenizer.json, which save_sparse did not write'): save_sparse(model, folder)
     assert (tmp_path/'mine/thesis.txt').read_text() == '{}' and (folder/'tokenizer.json').exists()
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    for name in ('', '.', tmp_path/'here', '../here'):
+        with pytest.raises(FileExistsError, match='is the folder you work in'): save_sparse(model, name)
+    save_sparse(model, 'below')
+    assert sorted(os.listdir()) == ['below']
     (tmp_path/'empty').mkdir()
     (tmp_path/'link').symlink_to(tmp_path/'empty')
     save_sparse(model, tmp_path/'link')
@@ -681,16 +716,27 @@ def test_what_cannot_be_saved(tmp_path):
     refuses(sparse, 's is a Tensor, torch.sparse_coo')
     twice._buffers['weight.bits'] = torch.ones(3)
     with torch.no_grad(): twice.weight.zero_()
+    named, wide = nn.Linear(4, 4), nn.Linear(4, 4)
+    named.register_parameter('__metadata__', nn.Parameter(torch.ones(3)))
+    refuses(named, '__metadata__ is a Parameter, under a name that safetensors keeps for itself')
+    wide.register_buffer('phase', torch.ones(3, dtype=torch.complex128))
+    refuses(wide, 'phase is a Tensor, complex128, which safetensors cannot hold: convert it first')
+    with pytest.raises(ValueError, match='phase is a Tensor, complex128'): sizes(wide)
     refuses(twice, "'weight.bits' is a tensor of the model and the name for a part of another", format='bitmask')
 
 
 # Damaged, lying and hostile folders
 
+def tell(folder, m):
+    "Write a description whose own checksum agrees with it."
+    (folder/'sparsity.json').write_text(json.dumps(m | dict(sha256=formats.seal(m))))
+
+
 def resign(folder):
     "Make the checksums agree with whatever the files hold now: what a liar would do."
     m = json.loads((folder/'sparsity.json').read_text())
     for name in m['files']: m['files'][name] = formats.fingerprint(folder/name)
-    (folder/'sparsity.json').write_text(json.dumps(m))
+    tell(folder, m)
 
 
 @pytest.fixture(scope='module')
@@ -715,7 +761,7 @@ def lie(saved, tmp_path):
         resign(bad)
         m = json.loads((bad/'sparsity.json').read_text())
         if edit: edit(m)
-        (bad/'sparsity.json').write_text(json.dumps(m | head))
+        tell(bad, m | head)
         into = into or other(model)
         before = copy.deepcopy(into.state_dict())
         with pytest.raises(ValueError, match=regex): load_sparse(bad, into)
@@ -859,6 +905,42 @@ def test_not_files(saved, tmp_path):
         with pytest.raises(ValueError, match=f'{name}: missing'): load_sparse(bad, other(saved[0]))
 
 
+def test_every_bit_of_a_description_counts(tmp_path):
+    "One flipped bit: an error, or the weights that were saved. A square 2:4 weight read along the other axis would be another one."
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    prune(model, pattern='2:4')
+    folder = save_sparse(model, tmp_path/'m', '2:4')
+    path, refused, target = folder/'sparsity.json', 0, nn.Linear(8, 8, bias=False)
+    good = path.read_bytes()
+    assert b'"axis": 1' in good
+    for i in range(8 * len(good)):
+        path.write_bytes(good[:i // 8] + bytes([good[i // 8] ^ 1 << i % 8]) + good[i // 8 + 1:])
+        nn.init.ones_(target.weight)
+        try: load_sparse(folder, target)
+        except ValueError: refused += 1
+        else: assert same_bits(target.weight, model.weight), (i, path.read_bytes())
+    assert refused > .9 * 8 * len(good)
+    path.write_bytes(good.replace(b'"axis": 1', b'"axis": 0'))
+    with pytest.raises(ValueError, match='sparsity.json: damaged, its checksum is not the one that it holds'): manifest(folder)
+
+
+def test_descriptions_without_a_checksum_are_read(saved, tmp_path):
+    old = Path(shutil.copytree(saved[1], tmp_path/'old'))
+    m = json.loads((old/'sparsity.json').read_text())
+    del m['sha256']
+    (old/'sparsity.json').write_text(json.dumps(m))
+    assert_same(load_sparse(old, other(saved[0])), saved[0])
+    for depth in (200, 400, 700, 900, 950, 980): # an unknown key that can be read, and is too deep to be sealed
+        (old/'sparsity.json').write_text(json.dumps(m | dict(sha256='0'))[:-1] + ', "more": ' + '[' * depth + ']' * depth + '}')
+        with pytest.raises(ValueError, match='sparsity.json: (damaged|not JSON)'): manifest(old)
+
+
+def test_saved_twice_gives_the_same_bytes(tmp_path):
+    model = pair()[0]
+    assert len({tuple(sorted(snapshot(save_sparse(model, tmp_path/f'{i}')).items())) for i in range(8)}) == 1
+
+
 # A description that names code, or a model larger than its file
 
 @pytest.fixture(scope='module')
@@ -874,7 +956,7 @@ def gpt(tmp_path_factory):
 def test_classes_that_are_not_built(gpt, tmp_path, kind):
     bad = shutil.copytree(gpt, tmp_path/'bad')
     m = json.loads((bad/'sparsity.json').read_text())
-    (bad/'sparsity.json').write_text(json.dumps(m | {'class': kind}))
+    tell(bad, m | {'class': kind})
     with pytest.raises(ValueError, match='class .* is not|cannot be built|is not in the|needs'): load_sparse(bad)
 
 
@@ -974,7 +1056,7 @@ def test_random_lies_never_crash(which, request, tmp_path):
         shutil.rmtree(tmp_path/'bad', ignore_errors=True)
         (tmp_path/'bad').mkdir()
         (tmp_path/'bad/model.safetensors').write_bytes(payload)
-        (tmp_path/'bad/sparsity.json').write_text(json.dumps(told))
+        tell(tmp_path/'bad', told)
         try: load_sparse(tmp_path/'bad', target)
         except ValueError as e:
             refused += 1
@@ -1001,7 +1083,7 @@ def test_random_descriptions_never_crash(which, request, tmp_path):
             at = at[path[-1][1]]
         place, key = path[-1]
         place[key] = rng.choice(odd)
-        (bad/'sparsity.json').write_text(json.dumps(m))
+        tell(bad, m)
         try: load_sparse(bad, target)
         except ValueError as e: assert 'bad' in str(e)
         else:

@@ -270,6 +270,42 @@ def test_micro_costs_nothing_on_steps_that_are_not_recorded():
     assert r.micros.k == 0 and not r.micros.sums
 
 
+class Experts(nn.Module):
+    "A layer that all micro-batches reach, and two of which each reaches one."
+    def __init__(self):
+        super().__init__()
+        with seeded(0): self.shared, self.experts = nn.Linear(16, 24), nn.ModuleList([nn.Linear(24, 8) for _ in range(2)])
+    def forward(self, x: Tensor, which: int): return self.experts[which](self.shared(x).tanh())
+
+
+@pytest.mark.parametrize('route', [(0, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 1), (1, 0, 0, 0), (0, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize('skipped', [None, (0, 0, 0), (1,), (0, 1)], ids=str)
+def test_experts_that_few_micro_batches_reach(route, skipped):
+    "What a micro-batch does not reach gets zero from it; the micro-batches of a step that was given up do not count, whichever expert they reached."
+    model = Experts().double()
+    opt = SGD(model.parameters())
+    sp = Sparsifier(sites(model), pattern=nm(1, 4), flow=ste).attach(opt)
+    r = GradientFlow(sp, every=1)
+    for k, which in enumerate(skipped or ()):
+        model(data(20 + k).double(), which).square().mean().backward()
+        r.micro()
+    opt.zero_grad()
+    now = lambda: [torch.zeros_like(s.weight) if s.parameter.grad is None else s.parameter.grad.clone() for s in sp.sites]
+    written = [now()]
+    for k, which in enumerate(route):
+        model(data(k).double(), which).square().mean().backward()
+        r.micro()
+        written.append(now())
+    masks = [s.mask.clone() for s in sp.sites]
+    assert r.micros.k == 4
+    opt.step()
+    for i, s in enumerate(sp.sites):
+        if s.name.startswith('experts') and int(s.name.split('.')[1]) not in route: continue     # no gradient at all
+        var = 4 * torch.stack([b[i] - a[i] for a, b in zip(written, written[1:])]).var(0)
+        assert value(r, 'noise_kept', s.name, 1) == pytest.approx(float(var[masks[i]].sum()), rel=1e-9)
+        assert value(r, 'noise_pruned', s.name, 1) == pytest.approx(float(var[~masks[i]].sum()), rel=1e-9)
+
+
 # --- not a bit changed -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('optimizer', [SGD, ADAMW, partial(ADAMW, fused=True), partial(SGD, nesterov=True, foreach=True)], ids=['sgd', 'adamw', 'fused', 'nesterov'])
@@ -517,6 +553,22 @@ def test_training_set_back_overwrites_its_records():
     assert r.steps == [1, 2, 3, 4, 5]
     now = {(x['step'], x['site'], x['name']): x['value'] for x in r.rows()}
     assert all(now[x['step'], x['site'], x['name']] == x['value'] for x in rows if x['step'] < 6 and x['name'] in ('grad_kept', 'through_pruned', 'update_ratio'))
+
+
+@pytest.mark.parametrize('before', [0, 2])
+def test_a_recorder_without_a_state_begins_where_the_checkpoint_does(before):
+    "Made before the masks are loaded, or after, with a few steps before that or none: the same records."
+    first, early, late = made(), made(), made()
+    train(*first, 7)
+    saved = copy.deepcopy([x.state_dict() for x in first])
+    a = GradientFlow(early[2], every=3)
+    train(*early, before, a)
+    for run in (early, late):
+        for x, s in zip(run, copy.deepcopy(saved)): x.load_state_dict(s)
+    b = GradientFlow(late[2], every=3)
+    for run, r in ((early, a), (late, b)): train(*run, 5, r)
+    assert a.rows() == b.rows() and a.steps == [9, 12]
+    assert value(a, 'sad', '0.weight', 9) < value(a, 'sparsity', '0.weight', 9) * 24 * 16 / 4
 
 
 def test_states_of_others_are_refused_whole():

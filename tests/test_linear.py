@@ -317,3 +317,25 @@ def test_no_dense_weight_for_blocks():
         linear._blocks_grad_x(dy, p.values, p.index, p.shape)
         linear._blocks_grad_values(dy, x, p.values, p.index, p.shape)
     assert seen and max(seen) <= p.values.numel()
+
+
+@pytest.mark.parametrize('sides', [(1, 1), (1, 4), (4, 1), (2, 4)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compilers_are_told_how_results_lie(sides, dtype):
+    p, x = pack(torch.randn(8, 16).to(dtype), 'block', sides), torch.randn(6, 16).to(dtype)
+    args = (x.requires_grad_(), p.values.requires_grad_(), p.index, None, 'block', [8, 16])
+    for op, call in ((torch.ops.sparse_workbench.sparse_linear, args),
+                      (torch.ops.sparse_workbench.sparse_linear_grad_x, (torch.randn(6, 8).to(dtype), p.values.detach(), p.index, 'block', [8, 16]))):
+        torch.library.opcheck(op, call, test_utils=('test_schema', 'test_faketensor'))
+
+
+def test_a_refused_checkpoint_leaves_the_layer_as_it_was():
+    layer, other = (SparseLinear(pack(torch.randn(64, 64).where(torch.rand(64, 64) < s, 0), 'block', 1)) for s in (.5, .3))
+    x, state = torch.randn(4, 64), layer.state_dict()
+    y = layer(x)
+    for broken in (state | dict(columns=state['columns'] + 10**8), other.state_dict()):
+        with pytest.raises(ValueError, match='a damaged weight|its zeros lie elsewhere'): layer.load_state_dict(broken)
+        assert torch.equal(layer(x), y)
+    q = layer.packed
+    for name in ('values', 'columns', 'offsets'):
+        with pytest.raises(ValueError, match='a damaged weight'): SparseLinear(Packed('block', q.shape, {**q.tensors, name: q.tensors[name][:-1]}))

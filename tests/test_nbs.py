@@ -21,10 +21,12 @@ NBS = [p.relative_to(ROOT) for p in sorted(map(Path, nbglob(ROOT / 'nbs'))) if '
 
 @pytest.fixture
 def restored():
-    "What a notebook may leave behind in this process is put back: folder, environment, import path, filters of warnings, torch's defaults, figures."
+    "What a notebook may leave behind in this process is put back: folder, environment, import path, main module, filters of warnings, torch's defaults, figures."
     import torch
-    folder, env, path, dtype, threads = Path.cwd(), dict(os.environ), sys.path[:], torch.get_default_dtype(), torch.get_num_threads()
+    folder, env, path, main = Path.cwd(), dict(os.environ), sys.path[:], sys.modules['__main__']
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with warnings.catch_warnings(): yield
+    sys.modules['__main__'] = main                                 # what a spawned process would run first
     os.chdir(folder)
     for name in os.environ.keys() - env.keys(): del os.environ[name]
     os.environ.update(env)

@@ -21,7 +21,7 @@ STEPS = 12
 METHODS: dict[str, dict] = dict( # recipe, arguments, optimizer, surgery
     mask_decay={}, structure_decay=dict(pattern='1:4'), s_ste={}, masked_decay=dict(frequency=3), step=dict(make=partial(StepAdam, latest=6)), asp=dict(multiples=(1, 1)),
     ast=dict(make=MaskedAdam, frequency=2), cast=dict(make=MaskedAdam, frequency=2, decay=.05), boosted=dict(recipe='ast', frequency=2, surgery=partial(add_low_rank, k=4)),
-    scaled=dict(recipe='cast', make=MaskedAdam, frequency=2, decay=.05, surgery=add_scales), bdwp={})
+    scaled=dict(recipe='cast', make=MaskedAdam, frequency=2, decay=.05, surgery=add_scales), bdwp={}, sampled=dict(recipe='s_ste', gradients='mvue'))
 
 
 def network(kind: str, surgery: Callable) -> tuple[nn.Module, nn.Module]: # the bare model, and what is called
@@ -58,7 +58,9 @@ def refused() -> dict[str, str]:
     return dict(error='nothing was refused')
 
 
+SAMPLED = ['ddp sampled', 'fsdp sampled'] # draws of their own on every rank
 NAMES = [*(f'ddp {m}' for m in METHODS), *(f'fsdp {m}' for m in METHODS if m not in ('bdwp', 'masked_decay'))] # a square of 4 × 4 may lie on two ranks
+NAMES = [n for n in NAMES if n not in SAMPLED]
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -67,7 +69,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
     try:
-        for n in NAMES: torch.save(job(*n.split()), f'{folder}/{n} {rank}.pt')
+        for n in NAMES + SAMPLED:
+            torch.manual_seed(rank)
+            torch.save(job(*n.split()), f'{folder}/{n} {rank}.pt')
         torch.save(refused(), f'{folder}/refused {rank}.pt')
         dist.barrier()
     finally: dist.destroy_process_group()
@@ -99,6 +103,14 @@ def test_two_processes_equal_one(two, name):
     for k, v in alone.items():
         if v.dtype == torch.bool: assert torch.equal(first[k], v), f'{k} differs at {int((first[k] != v).sum())} of {v.numel()} places'
         else: torch.testing.assert_close(first[k], v, rtol=0, atol=2e-5)
+
+
+def test_sampled_gradients_of_shards(two):
+    "A weight that lies in shards is sampled for as one that does not."
+    sharded, whole_, other = (torch.load(two / f'{n}.pt', weights_only=True) for n in ('fsdp sampled 0', 'ddp sampled 0', 'fsdp sampled 1'))
+    assert_same(sharded, other)
+    for k, v in whole_.items(): torch.testing.assert_close(sharded[k], v, rtol=0, atol=2e-5)
+    assert any(not torch.equal(v, w) for v, w in zip(whole_.values(), job('ddp', 'sampled').values()))
 
 
 def test_a_second_mask_needs_whole_weights(two):

@@ -1,4 +1,5 @@
 """N:M training against its published equations: golden values, ten optimizer steps written out in float64, both readings where paper and code disagree."""
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from sparse_workbench.rules import apply_mask, drop_grow, keep_best, two_sets
 from sparse_workbench.scores import magnitude
 from sparse_workbench.sparsifier import Sparsifier
 from sparse_workbench.surgery import Chain, add_low_rank, add_scales, chains, channel_order, fold_scales, permute, reorder
-from sparse_workbench.testing import assert_same, check_mask, check_promises, convnet, mlp, planted, same_after_load, seeded, snapshot, tiny_gpt2, train
+from sparse_workbench.testing import assert_same, check_mask, check_promises, convnet, mlp, planted, same_after_load, seeded, snapshot, tied, tiny_gpt2, train
 
 SIZES = (16, 32, 24, 8)
 
@@ -232,6 +233,65 @@ def test_cast_by_hand():
     compare(made('cast', frequency=2, decay=.2), Adam(), mask, see, mix)
 
 
+def pulled(model: nn.Module, opt: torch.optim.Optimizer, steps: int = 5) -> list[bool]:
+    "Which dense weights move when the loss has no gradient."
+    ss = [s for x in opt._optimizer_step_post_hooks.values() for s in x.sparsifier.sites]
+    weight = {s.name: s for s in ss}
+    now = lambda: [(s.latent if (s := weight.get(f'{n}.weight')) and s.latent is not None else m.weight).clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    before = now()
+    for _ in range(steps):
+        for p in model.parameters(): p.grad = torch.zeros_like(p)
+        opt.step()
+    return [not torch.equal(a, b) for a, b in zip(before, now())]
+
+
+@pytest.mark.parametrize('make', [MaskedAdam, partial(StepAdam, latest=10**6), torch.optim.AdamW])
+def test_every_optimizer_pulls(make):
+    "CAST has what it will cut near zero before it cuts; AST pulls too."
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    opt = make(model.parameters(), 1e-3)
+    site, = recipes.cast(model, opt, total_steps=300, decay=.1).sites
+    assert all(pulled(model, opt, 299))
+    assert site.weight[~site.mask].abs().mean() < .01 < .05 < site.weight[site.mask].abs().mean()
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    opt = make(model.parameters(), 1e-2)
+    recipes.ast(model, opt, total_steps=20, decay=.1, rise=.05)
+    assert pulled(model, opt) == [True]
+
+
+def test_pulls_belong_to_their_recipes():
+    "Two recipes on one optimizer, one of them detached, another after it: each pulls at its own layers while it is attached."
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3)))
+    opt = MaskedAdam(model.parameters(), 1e-2)
+    first = recipes.ast(model, opt, total_steps=40, decay=.1, rise=.05, include=['0'])
+    second = recipes.cast(model, opt, total_steps=40, decay=.1, include=['1'])
+    recipes.ste(model, opt, include=['2'])
+    assert pulled(model, opt) == [True, True, False]
+    first.detach()
+    assert pulled(model, opt) == [False, True, False]
+    second.detach()
+    with torch.no_grad(): model[0].weight.fill_(1.)
+    recipes.cast(model, opt, total_steps=40, decay=.1, include=['0'])
+    assert pulled(model, opt, 1) == [False] * 3 and pulled(model, opt, 1) == [True, False, False]       # CAST's pull is 0 at its first step, however many the optimizer has taken
+
+
+def test_a_skipped_step_is_cut_by_hand():
+    "A GradScaler skips one step on overflow, so CAST's last step never comes; masks are there to be applied."
+    model = nn.Sequential(nn.Linear(16, 16))
+    opt, scaler = torch.optim.AdamW(model.parameters(), 1e-3), torch.amp.GradScaler('cpu', init_scale=4.)
+    sp = recipes.cast(model, opt, total_steps=20)
+    for t in range(20):
+        scaler.scale(model(data(t).float()).square().mean()).backward()
+        if t == 3: model[0].weight.grad[0, 0] = math.inf
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+    assert (sp.t, sp.report().total['achieved']) == (19, 0)
+    with torch.no_grad():
+        for s in sp.sites: apply_mask(s)
+    assert sp.report().total['achieved'] == .5
+
+
 def test_cast_drives_only_the_pruned_to_zero():
     torch.manual_seed(0)
     site, = sites(nn.Sequential(nn.Linear(16, 16, bias=False)))
@@ -298,6 +358,30 @@ def test_bdwp_of_convolutions(dims, conv):
     torch.testing.assert_close(y, forward[0], rtol=0, atol=1e-12)
     for a, b in zip(got, (back[1][0], *forward[1][1:])): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert (back[1][0] - forward[1][0]).abs().max() > 1e-2
+
+
+def test_bdwp_with_a_tail():
+    "15 outputs in groups of 4: three full groups and one of three, in the forward and in the backward product."
+    with seeded(): layer = nn.Linear(16, 15).double()
+    sp = recipes.bdwp(nn.Sequential(layer), torch.optim.SGD(layer.parameters(), .1), pattern=nm(2, 4, tail='pad'))
+    s, = sp.sites
+    x = data(0).requires_grad_()
+    dy = torch.ones(32, 15, dtype=torch.float64)
+    layer(x).backward(dy)
+    keep = best(torch.cat([s.latent, torch.zeros(1, 16, dtype=torch.float64)]).t(), 2, 4).reshape(16, 16).t()[:15]
+    torch.testing.assert_close(x.grad, dy @ (s.latent * keep), rtol=0, atol=1e-12)
+
+
+def test_a_rerouted_layer_without_a_dense_weight_says_so():
+    layer = nn.Linear(16, 8).double()
+    sp = Sparsifier(sites(nn.Sequential(layer)), pattern=nm(2, 4), flow=flows.cut)
+    reroute(sp.sites, None, mvue_of())
+    opt = torch.optim.SGD(layer.parameters(), .1)
+    layer(data(0)).sum().backward()
+    sp.attach(opt)
+    with pytest.raises(ValueError, match='0.weight was rerouted and has no dense weight beside the one that is seen: attach a sparsifier whose flow keeps one'): layer(data(0))
+    sp.detach()
+    layer(data(0)).sum().backward()
 
 
 def test_bdwp_through_every_way_of_training():
@@ -542,6 +626,22 @@ def exact(x: Tensor) -> Tensor: return x - x.logsumexp(-1, keepdim=True)
 def classes(t: int) -> Tensor: return (data(t)[:, 0] > 0).long() * 3 + (data(t)[:, 1] > .5).long()
 
 
+@pytest.mark.parametrize('bad', [math.inf, math.nan])
+def test_an_overflow_is_seen_through_the_sample(bad):
+    "A GradScaler skips the step and halves its scale, as with dense gradients."
+    with seeded(0): model = nn.Linear(16, 8, bias=False)         # nothing but the sampled gradient shows it
+    opt = torch.optim.SGD(model.parameters(), .1)
+    sp = REGISTER['s_ste']['recipe'](model, opt, total_steps=10, gradients='mvue')
+    scaler, before = torch.amp.GradScaler('cpu', init_scale=4.), {k: v.clone() for k, v in model.state_dict().items()}
+    y = model(data(0).float())
+    y.register_hook(lambda g: g.index_fill(0, torch.tensor([0]), bad))
+    scaler.scale(y.square().mean()).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 2 and sp.t == 0
+    assert_same(before, dict(model.state_dict()))
+
+
 def test_a_weight_gradient_is_sampled_and_nothing_else():
     "Bias and input gradients are exact, two of every four tokens reach the weight, and the dense end of masked decay samples nothing."
     seen = []
@@ -567,9 +667,18 @@ def test_a_weight_gradient_is_sampled_and_nothing_else():
         train(out, range(6))
         assert torch.equal(gradients(), gradients()) == dense
     with pytest.raises(ValueError, match="gradients='sparse': use 'dense', or 'mvue'"): made('s_ste', gradients='sparse')
-    for t in (33, 34):
-        out = made('s_ste', gradients='mvue')
-        with pytest.raises(ValueError, match=f'has {t} entries, no multiple of 4: pad the batch'): out[0](torch.randn(t, 16).double()).sum().backward()
+
+
+@pytest.mark.parametrize('tokens', [1, 6, 33, 35])
+def test_left_over_tokens_are_sampled_without_bias(tokens):
+    "The last batch of an epoch may have any size: of its last tokens at most two reach the weight, and the mean is the dense gradient."
+    out = made('s_ste', gradients='mvue')
+    out[0](torch.randn(tokens, 16).double()).sum().backward()
+    assert all(p.grad.isfinite().all() for p in out[0].parameters())
+    with seeded(): dy, sample = torch.randn(tokens, 5, dtype=torch.float64), mvue_of()
+    with seeded(): draws = torch.stack([sample(dy) for _ in range(3000)])
+    assert draws.shape[1:] == dy.shape and draws.ne(0).sum(1).max() <= tokens // 4 * 2 + min(tokens % 4, 2)
+    assert float(((draws.mean(0) - dy).abs() / (draws.std(0) / 3000**.5 + 1e-9)).max()) < 5
 
 
 # Teachers, scales, low-rank helpers
@@ -867,11 +976,12 @@ def test_n_and_m(keep, of):
 
 @pytest.mark.parametrize('name', ['ste', 'sr_ste', 'bdwp', 'mask_decay', 'structure_decay', 's_ste', 'ast', 'cast', 'step', 'masked_decay'])
 def test_an_axis_that_m_does_not_divide(name):
-    "Refused at attach with the three ways out, and nothing has changed; each way works."
+    "Refused at attach by name with the ways out, and nothing has changed; each way works."
     model = mlp((10, 12, 8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     opt = torch.optim.SGD(model.parameters(), .1)
-    with pytest.raises(ValueError, match=r"needs a multiple of 4 along in, but the weight \(12, 10\) has 10. Choose tail='pad' .*tail='dense' .*another size, or ignore"):
+    fill = '' if name == 'masked_decay' else r"tail='pad' \(fill up\), "     # squares are not filled up
+    with pytest.raises(ValueError, match=r"0.weight: .* needs a multiple of 4 along in, but the weight \(12, 10\) has 10. Choose " + fill + "tail='dense' .*another size, or ignore"):
         REGISTER[name]['recipe'](model, opt, total_steps=100, pattern=transposable(2, 4) if name == 'masked_decay' else nm(2, 4))
     assert_same(before, dict(model.state_dict()))
     assert not opt._optimizer_step_pre_hooks
@@ -902,17 +1012,33 @@ def test_s_ste_knows_no_blocks():
 def test_other_mistakes():
     model = mlp(SIZES)
     opt = torch.optim.SGD(model.parameters(), .1)
-    for how, said in (dict(kind='cosine'), "kind='cosine': a mask decays"), (dict(rate=-1), 'rate=-1'), (dict(backward='x'), "backward='x': use 'ste'"), (dict(begin=.9, end=.5), 'begin=0.9 is not before end=0.5'):
+    for how, said in (dict(kind='cosine'), "kind='cosine': a mask decays"), (dict(rate=-1), 'rate=-1'), (dict(rate=0.), 'rate=0.0'), (dict(backward='x'), "backward='x': use 'ste'"), (dict(begin=.9, end=.5), 'begin=0.9 is not before end=0.5'):
         with pytest.raises(ValueError, match=said): recipes.mask_decay(model, opt, total_steps=100, **how)
     for how, said in (dict(pattern='block4', sparsity=.5), "leads to N:M, and block"), (dict(pattern=transposable(2, 4)), 'leads to N:M'), (dict(kind='x'), "kind='x'"), (dict(total_steps=2, pattern='1:32'), 'reached in 6 frames'):
         with pytest.raises(ValueError, match=said): recipes.structure_decay(model, opt, **dict(total_steps=100) | how)
     with pytest.raises(ValueError, match=r'asp leaves every layer dense: 0.weight \(32, 16\) is no multiple of \(64, 64\)'): recipes.asp(model, opt, multiples=(64, 64))
     with pytest.raises(ValueError, match='dense is a number between 0 and 1'): recipes.masked_decay(model, opt, total_steps=100, dense=2)
     with pytest.raises(ValueError, match="mean='harmonic': use 'arithmetic' or 'geometric'"): StepAdam(model.parameters(), latest=2, mean='harmonic')
+    for name, how in REGISTER.items():
+        names = set(inspect.signature(how['recipe']).parameters)
+        if how['family'] != 'training' or not {'which', 'total_steps'} <= names: continue
+        odd = 'flow' if 'flow' not in names else 'flavour'
+        with pytest.raises(TypeError, match=fr'^{how["recipe"].__name__} takes no {odd}, but sparsity, .*Sparsifier\(sites\(model\), rule, pattern=…, flow=…\)'):
+            how['recipe'](model, opt, total_steps=100, **{odd: flows.ste})
+        for x in (-1., math.nan, math.inf) if 'decay' in names else ():
+            with pytest.raises(ValueError, match=f'decay={x} of {name}'): how['recipe'](model, opt, total_steps=100, decay=x)
     for how in dict(begin=.5, end=.5), dict(begin=-1), dict(end=2):
         with pytest.raises(ValueError, match='fraction'): recipes.sr_ste(model, opt, total_steps=100, **how)
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(ValueError, match='in_proj_weight is a weight of MultiheadAttention; only linear layers and convolutions .*ignore='): recipes.bdwp(attention, torch.optim.SGD(attention.parameters(), .1))
+    for name, how in ('bdwp', {}), ('s_ste', dict(gradients='mvue')):
+        for model_, said in (attention[0], 'out_proj.weight is read by nn.MultiheadAttention itself'), (tied(), r'first.weight is also second.weight'):
+            opt_ = torch.optim.SGD(model_.parameters(), .1)
+            with pytest.raises(ValueError, match=said): recipes.REGISTER[name]['recipe'](model_, opt_, include=['out_proj'] if model_ is attention[0] else None, total_steps=20, **how)
+            assert not opt_._optimizer_step_pre_hooks and not any('forward' in m.__dict__ for m in model_.modules())
+    for surgery in add_scales, partial(add_low_rank, k=4):
+        with pytest.raises(ValueError, match='out_proj.weight is read by nn.MultiheadAttention itself'): surgery(attention, include=['out_proj'])
+        with pytest.raises(ValueError, match='first.weight is also second.weight'): surgery(tied())
     taken = mlp(SIZES)
     add_scales(taken)
     with pytest.raises(ValueError, match='the forward of 0.weight was replaced already'): recipes.bdwp(taken, torch.optim.SGD(taken.parameters(), .1))

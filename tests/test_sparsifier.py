@@ -1,4 +1,5 @@
 """The six promises over flows and optimizers, mixed precision, compilation, and two processes that equal one."""
+import copy
 import io
 import os
 import socket
@@ -18,7 +19,7 @@ from sparse_workbench.patterns import Pattern, block, nm, transposable, unstruct
 from sparse_workbench.rules import keep_best
 from sparse_workbench.schedules import cubic, cyclic, every, once, steps
 from sparse_workbench.scores import gradient, magnitude, random
-from sparse_workbench.sparsifier import Sparsifier
+from sparse_workbench.sparsifier import Bucket, Sparsifier
 from sparse_workbench.stats import next_token_loss
 from sparse_workbench.testing import (
     PROMISES, assert_same, check_mask, check_promises, convnet, exact_sparsity, legal_mask, mlp, same_after_load, same_keys, seeded, snapshot, tied,
@@ -363,6 +364,55 @@ def test_a_foreign_checkpoint_changes_nothing(change, message):
     assert_same(before, snapshot(out))
 
 
+@pytest.mark.parametrize('when', ['attached', 'loaded before it is attached'])
+@pytest.mark.parametrize('method', ['gmp', 'grow', 'ste', 'sr_ste', 's_ste'])
+@pytest.mark.parametrize('alone', [False, True])
+def test_a_state_in_memory_stays_as_it_was(method, when, alone, monkeypatch):
+    "Training after `state_dict()` reaches none of its tensors, in buckets of one site and of many; what is loaded from it goes on as from a file."
+    if alone: monkeypatch.setattr('sparse_workbench.sparsifier.buckets', lambda ss: [Bucket([s], [s.numel]) for s in ss])
+    straight, model = made(method), made(method)
+    train(straight, range(5))
+    train(model, range(3))
+    if when != 'attached':
+        state, model = [copy.deepcopy(x.state_dict()) for x in model[:3]], made(method)
+        model[2].detach()
+        for x, s in zip(model[:3], state): x.load_state_dict(s)
+    state = model[2].state_dict()
+    others = [copy.deepcopy(x.state_dict()) for x in model[:2]]
+    before = copy.deepcopy(state)
+    if when != 'attached': model[2].attach(model[1])
+    train(model, range(3, 6))
+    for n, there in before['sites'].items():
+        assert_same({k: v for k, v in there.items() if isinstance(v, Tensor)}, {k: v for k, v in state['sites'][n].items() if isinstance(v, Tensor)})
+        assert_same(there['stats'], state['sites'][n]['stats'])
+    for x, s in zip(model[:3], (*others, state)): x.load_state_dict(s)
+    train(model, range(3, 5))
+    assert_same(snapshot(straight), snapshot(model))
+
+
+@pytest.mark.parametrize('p', [nm(2, 4, axis='out'), transposable(2, 4)])
+def test_a_group_does_not_reach_from_one_group_of_a_convolution_into_the_next(p):
+    for flow in (cut, ste, sr_ste(1e-2)):
+        model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=2))
+        opt = torch.optim.SGD(model.parameters(), .1)
+        with pytest.raises(ValueError, match=r"0.weight is a convolution in 2 groups of 6 outputs, .*6 is no multiple of 4: .*ignore=\['0.weight'\]"): Sparsifier(sites(model), pattern=p, flow=flow).attach(opt)
+        assert not opt._optimizer_step_pre_hooks and model[0].weight.all()
+    for fits in (nn.Conv2d(8, 12, 3), nn.Conv2d(8, 16, 3, groups=2)):
+        model = nn.Sequential(fits)
+        sp = Sparsifier(sites(model), pattern=p).attach(torch.optim.SGD(model.parameters(), .1))
+        assert sp.report().total['achieved'] == .5
+
+
+def test_the_layer_that_does_not_fit_is_named():
+    "At attach, though its first mask would come later; and by a rule of its own."
+    model = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 8))
+    opt = torch.optim.SGD(model.parameters(), .1)
+    for when in (every(1), once(100)):
+        with pytest.raises(ValueError, match=r'1.weight: .* needs a multiple of 4 along in, but the weight \(8, 10\) has 10'): Sparsifier(sites(model), pattern='2:4', when=when).attach(opt)
+    with pytest.raises(ValueError, match='1.weight: .* needs a multiple of 4 along in'): keep_best(magnitude)(sites(model)[1], nm(2, 4))
+    assert not opt._optimizer_step_pre_hooks and all(s.weight.all() for s in sites(model))
+
+
 def test_detach_and_attach_again():
     model, opt, sp, loss = out = made('sr_ste')
     train(out, range(2))
@@ -374,6 +424,30 @@ def test_detach_and_attach_again():
     sp.attach(opt)
     train(out, range(4, 6))
     assert sp.t == 4 and sp.report().total['achieved'] == .5
+
+
+def test_attaching_again_and_again_moves_no_weight():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 8))
+    opt = torch.optim.SGD(model.parameters(), .1)
+    sp = Sparsifier(sites(model, ignore=None), pattern='2:4', flow=s_ste).attach(opt)
+    for _ in range(3): model(torch.randn(4, 16)).square().sum().backward(); opt.step(); opt.zero_grad()
+    assert all('scale' in s.stats for s in sp.sites)
+    sp.detach()
+    weights = [s.weight.clone() for s in sp.sites]
+    for _ in range(3): sp.attach(opt).detach()
+    for s, w in zip(sp.sites, weights): torch.testing.assert_close(s.weight, w, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('broken, words', [
+    (lambda state, model: model.state_dict(), "no state of a sparsifier, it has no 'flow', 'pattern'"), (lambda state, model: {}, 'no state of a sparsifier'),
+    (lambda state, model: state['sites']['0.weight'].update(latent=torch.zeros(3, 3)) or state, r'its latent in the checkpoint \(3, 3\)'),
+    (lambda state, model: state['sites']['0.weight'].update(mask=torch.zeros(8, 16)) or state, 'the mask of 0.weight in the checkpoint is torch.float32: it is damaged')])
+def test_a_state_that_is_none_is_refused(broken, words):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    sp = Sparsifier(sites(model, ignore=None), pattern='2:4', flow=sr_ste()).attach(torch.optim.SGD(model.parameters(), .1))
+    before = sp.sites[0].mask.clone()
+    with pytest.raises(ValueError, match=words): sp.load_state_dict(broken(sp.state_dict(), model))
+    assert sp.t == 0 and torch.equal(sp.sites[0].mask, before)
 
 
 def test_once_later_than_the_start():

@@ -262,10 +262,10 @@ def _turned(format: str, x: Tensor) -> bool: # does the output lie column by col
 
 def _forward(x: Tensor, values: Tensor, index: list[Tensor], bias: Tensor | None, format: str, shape: list[int]) -> Tensor:
     y = choose(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias)
-    return y.t().contiguous().t() if _turned(format, x) else y
+    return y.t().contiguous().t() if _turned(format, x) else y.contiguous()
 
 def _grad_x(dy: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
-    return choose(format, values, dy.size(0)).grad_x(dy, values, index, tuple(shape))
+    return choose(format, values, dy.size(0)).grad_x(dy, values, index, tuple(shape)).contiguous()
 
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
     return choose(format, values, dy.size(0)).grad_values(dy, x, values, index, tuple(shape)).contiguous()
@@ -280,7 +280,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
     ops, (need_x, need_values, _, need_bias, *_) = torch.ops.sparse_workbench, ctx.needs_input_grad
     return (ops.sparse_linear_grad_x(dy, values, index, ctx.format, ctx.shape) if need_x else None,
             ops.sparse_linear_grad_values(dy, x, values, index, ctx.format, ctx.shape) if need_values else None,
-            [None] * len(index), _wide(dy).sum(0).to(dy.dtype) if need_bias else None, None, None)
+            [None] * len(index), dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype) if need_bias else None, None, None)
 
 # %% ../../nbs/api/30_linear.ipynb #93703042
 def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
@@ -336,8 +336,12 @@ def _not_assigned(format: str) -> AttributeError:
     return AttributeError(f"the weight of a SparseLinear is packed and cannot be assigned: make a new layer, "
                           f"SparseLinear(pack(weight, {format!r}, …), bias), or a dense nn.Linear from unpack(layer.packed)")
 
-def _verify_loaded(layer: 'SparseLinear', keys: Any) -> None:
-    if not layer.values.is_meta: verify(layer.packed)
+def _verify_loading(layer: 'SparseLinear', state: dict[str, Any], prefix: str, *rest) -> None: # before anything is copied
+    new = {n: state[prefix + n] for n in layer.names if prefix + n in state}
+    for n, t in new.items():
+        if t.shape != getattr(layer, n).shape: raise ValueError(f"size mismatch for {prefix}{n}: {tuple(t.shape)} in the checkpoint, {tuple(getattr(layer, n).shape)} in the layer; its zeros lie elsewhere: make the layer from the checkpoint, as load_sparse(…, kernels=True) does")
+    whole = Packed(layer.format, layer.shape, {n: new.get(n, getattr(layer, n)) for n in layer.names})
+    if not any(t.is_meta for t in whole.tensors.values()): verify(whole)
 
 # %% ../../nbs/api/30_linear.ipynb #7821f657
 class SparseLinear(nn.Module):
@@ -352,7 +356,8 @@ class SparseLinear(nn.Module):
             if name == 'values': self.values = nn.Parameter(t)
             else: self.register_buffer(name, t)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
-        self.register_load_state_dict_post_hook(_verify_loaded)
+        if type(packed.values) in (Tensor, nn.Parameter) and packed.values.device.type == 'cpu': verify(packed)    # libraries would read where no memory is
+        self.register_load_state_dict_pre_hook(_verify_loading)
 
     @property
     def packed(self) -> Packed: return Packed(self.format, self.shape, {n: getattr(self, n) for n in self.names})

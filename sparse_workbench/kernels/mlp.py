@@ -50,10 +50,10 @@ def fused(x: Tensor, up_values: Tensor, up_index: list[Tensor], up_bias: Tensor 
     first, last = gate_index or up_index, up_index
     if gate_values is None:
         tiles = plan(first[0], first[1], 'rows', lambda: ranked(first[0]))
-        return hopper.launch(x, up_values, (first[1], None, tiles), y, 'forward', up_bias, activation)
+        return hopper.launch(x, aligned(up_values), (first[1], None, tiles), y, 'forward', up_bias, activation)
     ranks = plan(first[0], first[1], f'with {id(last[1])} {stamp(*last)}', lambda: (both_ranked(first[0], last[0]), last))[0]
     lists, up_lists = ((index[1], None, tiles) for index, tiles in zip((first, last), ranks))
-    return hopper.launch(x, gate_values, lists, y, 'gated', gate_bias, activation, (up_values, up_lists, up_bias))
+    return hopper.launch(x, aligned(gate_values), lists, y, 'gated', gate_bias, activation, (aligned(up_values), up_lists, up_bias))
 
 # %% ../../nbs/api/38_mlp.ipynb #fbb8432c
 if not hasattr(torch.ops.sparse_workbench, 'block_up'):

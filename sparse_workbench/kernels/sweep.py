@@ -70,11 +70,11 @@ def _by_rows(u: Tensor) -> Tensor:
 # %% ../../nbs/api/28_sweep.ipynb #8eb36ee0
 def _fits(w: Tensor, u: Tensor, of: int) -> bool:
     "Whether the kernel can sweep it; the rest goes to the twin."
-    return w.dtype == u.dtype == torch.float32 and of <= MOST and w.numel() > 0 and w.stride(1) == 1
+    return w.dtype == u.dtype and w.dtype in (torch.float32, torch.float64) and of <= MOST and w.numel() > 0 and w.stride(1) == 1
 
 # %% ../../nbs/api/28_sweep.ipynb #dc818eb9
 def sweep_block_kernel(w: Tensor, u: Tensor, mask: Tensor, keep: int, of: int) -> tuple[Tensor, Tensor]:
-    "What `sweep_block` does, in one launch for every 128 columns of a float32 weight."
+    "What `sweep_block` does, in one launch for every 128 columns."
     if not _fits(w, u, of): return sweep_columns(w, u, mask, keep, of)
     step, errors, masks = COLUMNS // max(1, of) * max(1, of), [], []
     for i in range(0, w.size(1), step):

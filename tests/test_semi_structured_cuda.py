@@ -1,0 +1,67 @@
+"""2:4 through cuSPARSELt and its one-pass packing against their twins, on a real GPU. Without one they run with a stand-in, in their notebook.
+
+Runs under pytest, and as a script where there is no pytest: python tests/test_semi_structured_cuda.py
+"""
+import sys
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+try: import pytest
+except ImportError: pytest = None
+if pytest:
+    pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not (torch.cuda.is_available() and torch.backends.cusparselt.is_available()), reason='needs a CUDA device and cuSPARSELt')]
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def close(got, right):
+    return (got - right).abs().max() <= 2**-6 * right.abs().max()
+
+
+def test_packing_is_its_twin():
+    from sparse_workbench.kernels.linear import unpack
+    from sparse_workbench.kernels.semi_structured import prune_pack, prune_pack_twin
+    for dtype in DTYPES:
+        for shape in ((32, 64), (33, 264), (4096, 1024), (0, 8)):
+            w = torch.randn(shape, device='cuda').round(decimals=1).to(dtype)
+            a, b = prune_pack(w), prune_pack_twin(w)
+            assert all(torch.equal(a.tensors[n], b.tensors[n]) for n in a.tensors), (dtype, shape)
+            assert torch.equal(unpack(a), unpack(b)), (dtype, shape)
+
+
+def test_product_and_gradients():
+    from sparse_workbench.kernels.linear import FORMATS, Packed, choose, sparse_linear, unpack
+    from sparse_workbench.kernels.semi_structured import prune_pack
+    for dtype in DTYPES:
+        for tokens in (1, 5, 16, 100, 1024):
+            p = prune_pack(torch.randn(256, 512, device='cuda').to(dtype))
+            assert choose('2:4', p.values, tokens).name == '2:4 cuSPARSELt'
+            x, v, b = (t.requires_grad_() for t in (torch.randn(tokens, 512, device='cuda').to(dtype), p.values.clone(), torch.randn(256, device='cuda').to(dtype)))
+            y, dy = sparse_linear(x, Packed('2:4', p.shape, dict(p.tensors, values=v)), b), torch.randn(tokens, 256, device='cuda').to(dtype)
+            got = torch.autograd.grad(y, (x, v, b), dy)
+            ex, ew, eb = (t.detach().float().requires_grad_() for t in (x, unpack(p), b))
+            right = F.linear(ex, ew, eb)
+            rx, rw, rb = torch.autograd.grad(right, (ex, ew, eb), dy.float())
+            for a, e in zip((y, *got), (right, rx, FORMATS['2:4'].take(rw, p.index, p.shape), rb)):
+                assert a.dtype == dtype and close(a.float(), e), (dtype, tokens)
+
+
+def test_one_conversion_and_one_search():
+    from sparse_workbench.kernels import semi_structured as S
+    from sparse_workbench.kernels.linear import sparse_linear
+    seen = []
+    def noted(name):
+        real = getattr(torch, name)
+        return lambda *a, **kw: seen.append(name) or real(*a, **kw)
+    S._ALGORITHMS.clear()
+    ps, x = [S.prune_pack(torch.randn(128, 64, device='cuda').bfloat16()) for _ in range(2)], torch.randn(48, 64, device='cuda').bfloat16()
+    with patch.multiple(torch, **{n: noted(n) for n in ('_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm')}), torch.no_grad():
+        for p in ps * 3: sparse_linear(x, p)
+    assert [seen.count(n) for n in ('_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm')] == [2, 1, 6], seen
+
+
+if __name__ == '__main__':
+    from as_script import run
+    sys.exit(run(globals()))
