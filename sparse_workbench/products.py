@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .core import Site, masked
 from .flows import mvue
-from .patterns import Pattern, geometry
+from .patterns import Pattern
+from .sparsifier import check_fit
 
 # %% ../nbs/api/34_products.ipynb #560bca19
 class Product(torch.autograd.Function):
@@ -116,11 +117,7 @@ def check_route(site: Site, back: Pattern | None, sample: Any) -> None:
     if back is not None and hasattr(site.parameter, 'placements'): raise ValueError(f"{site.name} is sharded, and a second mask needs the whole dense weight on every rank: train with DistributedDataParallel, or {out}")
     if conv and sample: raise ValueError(f"{site.name} is a convolution, whose output gradient is no matrix of tokens to sample: {out}")
     if not isinstance(m.__dict__.get('forward'), (Rerouted, type(None))): raise ValueError(f"the forward of {site.name} was replaced already: undo that first, or {out}")
-    if back is None: return
-    geometry(back, tuple(site.shape))
-    groups = getattr(m, 'groups', 1)
-    rows = site.shape[0] // groups
-    if groups > 1 and back.group[0] > 1 and rows % back.group[0]: raise ValueError(f"{site.name} is a convolution in {groups} groups of {rows} outputs, which are summed apart in the backward product; {rows} is no multiple of {back.group[0]}: take another N:M, or {out}")
+    if back is not None: check_fit(site, back)
 
 # %% ../nbs/api/34_products.ipynb #7ce5da9e
 def reroute(ss: Sequence[Site], # attached later, with a flow that keeps a dense weight
