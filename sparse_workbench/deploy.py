@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Site, Sites, own, sites as find_sites
-from .formats import exchange, packed_linear, unwrapped
+from .formats import exchange, hooked, packed_linear, unwrapped
 from .kernels import linear
 from .kernels.linear import Packed, SparseLinear, choose, pack
 from .patterns import Pattern, pattern as read_pattern
@@ -45,7 +45,7 @@ def why_left(model: nn.Module, site: Site) -> str: # '' when the layer can be ex
     if m is not model and isinstance(parent := model.get_submodule(above), READERS): return f'{type(parent).__name__} reads its weight itself'
     if hasattr(p, 'placements'): return 'its weight is sharded'
     if p is not None and p.dtype not in linear.DTYPES: return f'no kernel multiplies {p.dtype}'
-    if 'forward' in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks: return 'it has hooks, which would be lost'
+    if hooked(m): return 'it has hooks, which would be lost'
     return ''
 
 # %% ../nbs/api/43_deploy.ipynb #916a2e66
