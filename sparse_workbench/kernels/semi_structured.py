@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .block import aligned
+from .block import aligned, stamp
 from .linear import FORMATS, Kernel, Packed, pack, register, twin
 from ..patterns import nm
 
@@ -69,8 +69,7 @@ _CONVERTED: Any = WeakIdKeyDictionary()
 
 def converted(values: Tensor, index: list[Tensor], shape: tuple[int, int]) -> dict[Any, Any]:
     "The weight in cuSPARSELt's own form, and the algorithm for every number of tokens seen."
-    version = [None if t.is_inference() else t._version for t in (values, *index)]
-    kept = _CONVERTED.get(values)
+    kept, version = _CONVERTED.get(values), stamp(values, *index)
     if kept is None or kept['version'] != version or kept['positions'] is not index[0]:
         dense = FORMATS['2:4'].dense(values.detach(), index, shape)
         kept = _CONVERTED[values] = dict(version=version, positions=index[0], weight=torch._cslt_compress(dense))
