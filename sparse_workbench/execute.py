@@ -737,17 +737,17 @@ def on_dask(s: Sweep, workers: int, scheduler) -> None:
     try: from distributed import Event
     except ImportError as e: raise ImportError("a sweep on Dask needs it: pip install 'sparse_workbench[sweep]'") from e
     client, own = client_of(scheduler, workers)
-    topic, todo = f'sweep-{uuid.uuid4().hex}', [p for p in s.points if p.status == 'waiting']
+    topic, ready = f'sweep-{uuid.uuid4().hex}', [p for p in s.points if p.status == 'waiting']
     def began(event):
-        p = todo[event[1]['n']]
+        p = ready[event[1]['n']]
         if p.status == 'waiting': p.status, p.started = 'running', event[1]['started']
     def close():
         for x in own: x.close()
         own.clear()
     client.subscribe_topic(topic, began)
-    asked = [dict(notebook=str(p.question.path), params=p.question.values, store=str(s.store), force=s.force, cwd=os.getcwd()) for p in todo]
+    asked = [dict(notebook=str(p.question.path), params=p.question.values, store=str(s.store), force=s.force, cwd=os.getcwd()) for p in ready]
     s.dashboard, s.close, s.halt = client.dashboard_link, close, Event(topic, client=client).set
-    for n, p in enumerate(todo):
+    for n, p in enumerate(ready):
         p.future = client.submit(work_there, asked[n], topic, n, pure=False, key=f'{topic}-{n}')
         p.future.add_done_callback(functools.partial(settle_future, p=p))
 
