@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Site, matches, slabs, stat, whole_shape
-from .patterns import Pattern, at_once, check_shard, count, geometry, magnitude_cut, magnitude_standing, scan, threshold
+from .patterns import Pattern, at_once, check_shard, count, fitted, magnitude_cut, magnitude_standing, scan, threshold
 from .scores import Score, momentum
 
 Allocate = Callable[[Sequence[Site], Pattern, Score, float], dict[str, float]]
@@ -94,7 +94,7 @@ class Ranking(dict):
 
 def tiling(s: Site, p: Pattern) -> tuple[int, int]:
     "Number of tiles of a site, and weights in one."
-    g = geometry(p, tuple(s.shape))
+    g = fitted(s, p)
     kernel = s.numel // max(1, s.shape[0] * s.shape[1])
     return g.nr * g.k * g.nc, g.r * g.c * (kernel if p.layout == 'kernel' else 1)
 

@@ -71,7 +71,7 @@ def prune_sites(ss: Sequence[Site], # with `.sparsity` set
                 score: Score, p: Pattern,
                 known: Mapping[str, tuple[float, int]] = {}, # cuts that a global ranking has found already
                 ) -> dict[str, int]: # zeros by name
-    "Look at all sites, then cut all sites."
+    "Look at all sites, then cut all sites, whose weights are finite (`check_all`)."
     if at_once(ss, p, score): return cut_at_once(ss, p, known)
     cuts = {s.name: known.get(s.name) or find_cut(s, score, p, s.sparsity) for s in ss}
     return {s.name: cut_site(s, score, p, s.sparsity, cuts[s.name]) for s in ss}
