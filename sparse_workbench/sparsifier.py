@@ -7,7 +7,7 @@ __all__ = ['EVENTS', 'Bucket', 'join', 'parts', 'spread', 'packed', 'pack', 'buc
            'kept', 'pass_gradient', 'enter', 'optimizer_state', 'newborn', 'check_all_finite', 'arriving', 'joint',
            'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'around', 'unscaled', 'rehearsal',
            'before_step', 'Sparsifier', 'check_fit', 'check_attach', 'first_masks', 'attach', 'detach', 'flipped',
-           'changes', 'Events', 'record', 'state_dict', 'load_state_dict', 'copy_stats']
+           'changes', 'Events', 'record', 'called', 'state_dict', 'load_state_dict', 'copy_stats']
 
 # %% ../nbs/api/23_sparsifier.ipynb #9935b7bc
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .allocation import Allocate, explicit, uniform
 from .core import Report, Site, check_finite, local, masked, report
-from .flows import Flow, cut
+from .flows import Flow, cut, unchanged
 from .patterns import Pattern, asked, check_shard, drops, fitted, keep_top, pattern as read_pattern, unstructured
 from .rules import Rule, keep_best
 from .schedules import Schedule, When, constant, every, once
@@ -84,9 +84,9 @@ def stamp(s: Site) -> tuple[int, int] | None:
 def check_unchanged(sp: 'Sparsifier') -> None:
     "ValueError when a weight was replaced, cast or moved after attach()."
     for s in sp.sites:
-        p, w, m = s.parameter, s.weight, kept(s)
-        if p is sp.attached[s.name] and (w.shape, w.device) == (m.shape, m.device): continue
-        raise ValueError(f"{s.name} is not the weight that was attached any more (it was replaced, resized or moved): detach() before you "
+        (p, dtype), w, m = sp.attached[s.name], s.weight, kept(s)
+        if s.parameter is p and w.dtype == dtype and (w.shape, w.device) == (m.shape, m.device): continue
+        raise ValueError(f"{s.name} is not the weight that was attached any more (it was replaced, resized, moved or cast): detach() before you "
                          f"change the model, then make an optimizer and a Sparsifier of the changed one")
 
 def kept(s: Site) -> Tensor:
@@ -97,12 +97,12 @@ def kept(s: Site) -> Tensor:
 # %% ../nbs/api/23_sparsifier.ipynb #dbf4e2ab
 def pass_gradient(sp: 'Sparsifier', b: Bucket, keep: bool) -> None:
     "Put the flow between the model's gradients and the optimizer."
-    ws, gs = [s.weight for s in b.sites], [s.of(s.parameter.grad) for s in b.sites] # type: ignore[arg-type]
-    g = join(gs)
+    gs = [s.of(s.parameter.grad) for s in b.sites] # type: ignore[arg-type]
     if keep:
-        for s, x in zip(b.sites, parts(b, g.clone())): s.grad = x
-    out = sp.flow.grad(g, packed(b, 'latent') if sp.flow.latent else join(ws), packed(b, 'mask'), sp.t)
-    spread(b, gs, out)
+        for s, x in zip(b.sites, parts(b, torch.cat([g.reshape(-1) for g in gs]))): s.grad = x
+    if sp.flow.grad is unchanged: return
+    w = None if not sp.flow.reads else packed(b, 'latent') if sp.flow.latent else join([s.weight for s in b.sites])
+    spread(b, gs, sp.flow.grad(join(gs), w, packed(b, 'mask'), sp.t))
 
 # %% ../nbs/api/23_sparsifier.ipynb #45fdb0bf
 def enter(sp: 'Sparsifier') -> None:
@@ -176,9 +176,10 @@ def choose(sp: 'Sparsifier') -> None:
     old = [s.mask for s in sp.sites]
     check_all_finite(sp)
     plain = getattr(getattr(sp.rule, 'score', None), 'finite', False) # a criterion of the weight alone
+    if (now := sp.sparsity(sp.t)) >= 1: raise ValueError(f"sparsity {now:g} at step {sp.t} keeps no weight at all: ask for less than 1")
     for s in sp.sites: s.step, s.state = sp.t, {} if plain else optimizer_state(sp.optimizer, s)
     try:
-        ratios = sp.allocate(sp.sites, sp.pattern, getattr(sp.rule, 'score', magnitude), asked(Pattern(), sp.sparsity(sp.t)))
+        ratios = sp.allocate(sp.sites, sp.pattern, getattr(sp.rule, 'score', magnitude), asked(Pattern(), now))
         if joint(sp, ratios): choose_jointly(sp, next(iter(ratios.values())))
         else: choose_singly(sp, ratios)
     except BaseException:
@@ -276,7 +277,7 @@ class Sparsifier:
         self.optimizer: torch.optim.Optimizer | None = None
         self.hooks, self.buckets, self.stamps = list[Any](), list[Bucket](), list[Any]()
         self.finite: list[tuple[Tensor, Any]] = [] # is every weight? one answer a bucket, perhaps still on its way
-        self.attached: dict[str, nn.Parameter] = {}
+        self.attached: dict[str, tuple[nn.Parameter, torch.dtype]] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> 'Sparsifier': return attach(self, optimizer) # itself
     def detach(self) -> 'Sparsifier': return detach(self) # itself; the model keeps the seen weights
@@ -331,7 +332,7 @@ def attach(sp: Sparsifier, optimizer: torch.optim.Optimizer) -> Sparsifier: # it
     "Choose the first masks and hook into the optimizer; ValueError leaves model and optimizer untouched."
     while isinstance(getattr(optimizer, 'optimizer', None), torch.optim.Optimizer): optimizer = optimizer.optimizer # type: ignore[attr-defined] # a host's wrapper
     check_attach(sp, optimizer)
-    sp.optimizer, sp.attached, sp.finite = optimizer, {s.name: s.parameter for s in sp.sites}, []
+    sp.optimizer, sp.attached, sp.finite = optimizer, {s.name: (s.parameter, s.weight.dtype) for s in sp.sites}, []
     try:
         first_masks(sp)
         show(sp)
@@ -391,19 +392,23 @@ def record(sp: Sparsifier) -> Events: # filled as training goes on
     return events
 
 # %% ../nbs/api/23_sparsifier.ipynb #4310e454
+def called(sp: Sparsifier) -> str | None: # None: it has no name
+    "The name of the rule."
+    return getattr(sp.rule, '__name__', None)
+
 def state_dict(sp: Sparsifier) -> dict[str, Any]:
     "Everything a resumed run needs besides model and optimizer: tensors and plain values only. No copy, but training leaves it as it is."
     for b in sp.buckets: b.own = False
     keep = lambda s: dict(mask=s.mask, latent=s.latent, sparsity=s.sparsity, stats=dict(s.stats))
-    return dict(t=sp.t, pattern=repr(sp.pattern), flow=repr(sp.flow),
+    return dict(t=sp.t, rule=called(sp), pattern=repr(sp.pattern), flow=repr(sp.flow),
                 sites={s.name: {k: v for k, v in keep(s).items() if v is not None} for s in sp.sites})
 
 # %% ../nbs/api/23_sparsifier.ipynb #d21c9e73
 def load_state_dict(sp: Sparsifier, state: dict[str, Any]) -> None:
     "Restore `state_dict`; ValueError, before anything changes, when it belongs to another model, pattern or flow."
     if odd := {'t', 'pattern', 'flow', 'sites'} - state.keys(): raise ValueError(f"this is no state of a sparsifier, it has no {', '.join(map(repr, sorted(odd)))}: pass what state_dict() of a Sparsifier gave")
-    for k in ('pattern', 'flow'):
-        if state[k] != repr(getattr(sp, k)): raise ValueError(f"the checkpoint was made with {k} {state[k]}, this sparsifier has {getattr(sp, k)!r}")
+    for k, now in dict(pattern=repr(sp.pattern), flow=repr(sp.flow), rule=called(sp)).items():
+        if state.get(k, now) != now: raise ValueError(f"the checkpoint was made with {k} {state[k]}, this sparsifier has {now}")
     if odd := set(state['sites']) ^ {s.name for s in sp.sites}:
         raise ValueError(f"the checkpoint is of other sites; only one side has {', '.join(sorted(odd)[:5])}")
     for s in sp.sites:
