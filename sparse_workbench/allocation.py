@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Site, matches, slabs, stat, whole_shape
-from .patterns import Pattern, at_once, check_shard, count, fitted, magnitude_cut, magnitude_standing, scan, threshold
+from .patterns import Pattern, at_once, batches, check_shard, count, fitted, magnitude_cut, magnitude_standing, scan, stored, threshold
 from .scores import Score, momentum
 
 Allocate = Callable[[Sequence[Site], Pattern, Score, float], dict[str, float]]
@@ -118,8 +118,9 @@ def ranking(sites: Sequence[Site], pattern: Pattern, score: Score, drop: int, # 
             wide: torch.dtype, # in which scores are compared
             ) -> tuple[tuple[float, int], list[tuple[int, int]]]: # the cut, and of every site the tiles below it and on it
     "One cut through all tiles of several sites."
-    if at_once(sites, pattern, score):
-        ws = [s.weight for s in sites]
+    quick, rest = batches(sites, lambda s: at_once(s, pattern, score))
+    if len(quick) == 1 and not rest:
+        ws = [w for s in sites if (w := stored(s)) is not None]
         values, ties = magnitude_cut(ws, [0] * len(ws), [drop])
         return (values.item(), int(ties)), [(b, o) for b, o in magnitude_standing(ws, values.expand(len(ws))).tolist()]
     means = lambda s: ((f / sizes[s.name] if sizes[s.name] > 1 else f).to(wide) for _, f in scan(s, score, pattern))

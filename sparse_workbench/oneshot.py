@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .allocation import Allocate, explicit, uniform
 from .core import Report, Site, Sites, check_finite, masked_, report, sites, zeros
-from .patterns import (Pattern, asked, at_once, check_shard, drops, fitted, magnitude_cut, magnitude_standing, magnitude_zero_, masks,
-                                       pattern as read_pattern, scan, threshold, together, unstructured)
+from .patterns import (Pattern, asked, at_once, batches, check_shard, drops, fitted, in_order, magnitude_cut, magnitude_standing, magnitude_zero_, masks,
+                                       pattern as read_pattern, scan, stored, threshold, unstructured)
 from .rules import Rule, apply_mask
 from .scores import Score, magnitude
 from .stats import collect
@@ -35,20 +35,16 @@ def find_cut(site: Site, score: Score, p: Pattern, sparsity: float) -> tuple[flo
     return None
 
 # %% ../nbs/api/25_oneshot.ipynb #c7618e97
-def cut_site(site: Site, score: Score, p: Pattern, sparsity: float, cut: tuple[float, int] | None) -> int: # zeros in the weight afterwards
+def cut_site(site: Site, score: Score, p: Pattern, sparsity: float, cut: tuple[float, int] | None) -> Tensor: # zeros in the weight afterwards, nobody waits for them yet
     "Write the zeros of one site, slab by slab."
-    n = 0
+    n = torch.zeros((), dtype=torch.int64, device=site.weight.device)
     with torch.no_grad():
-        for s, m in masks(site, score, p, sparsity, cut):
-            w = s.weight
-            masked_(w, m)
-            n += int((w == 0).sum())
+        for s, m in masks(site, score, p, sparsity, cut): n += (masked_(s.weight, m) == 0).sum()
     return n
 
 # %% ../nbs/api/25_oneshot.ipynb #9ca5c41a
 def cut_at_once(ss: Sequence[Site], p: Pattern, known: Mapping[str, tuple[float, int]]) -> dict[str, int]: # zeros by name
     "Find the cuts that are not known, and cut all sites, without computing scores."
-    for s in ss: check_shard(s, p)
     own = [s for s in ss if s.numel]
     drop = {s.name: int(drops(p, 1, s.numel, s.sparsity)) for s in own}
     cuts = {s.name: (torch.inf, 0) if drop[s.name] else (-torch.inf, s.numel) for s in own} | dict(known)
@@ -62,9 +58,11 @@ def cut_at_once(ss: Sequence[Site], p: Pattern, known: Mapping[str, tuple[float,
 # %% ../nbs/api/25_oneshot.ipynb #1af94ded
 def check_all(ss: Sequence[Site]) -> None:
     "ValueError that names a site whose weight is not finite; one look at all weights where a GPU can."
-    own = [s for s in ss if s.numel]
-    if together(ss) and (magnitude_standing([s.weight for s in own], torch.full((len(own),), torch.inf, dtype=torch.double))[:, 0] == torch.tensor([s.numel for s in own])).all(): return
-    for s in ss: check_finite(s)
+    quick, rest = batches(ss)
+    for b in quick:
+        below = magnitude_standing([w for s in b if (w := stored(s)) is not None], torch.full((len(b),), torch.inf, dtype=torch.double))[:, 0]
+        if not below.equal(torch.tensor([s.numel for s in b])): rest = [*rest, *b]
+    for s in rest: check_finite(s)
 
 # %% ../nbs/api/25_oneshot.ipynb #1384d277
 def prune_sites(ss: Sequence[Site], # with `.sparsity` set
@@ -72,9 +70,12 @@ def prune_sites(ss: Sequence[Site], # with `.sparsity` set
                 known: Mapping[str, tuple[float, int]] = {}, # cuts that a global ranking has found already
                 ) -> dict[str, int]: # zeros by name
     "Look at all sites, then cut all sites, whose weights are finite (`check_all`)."
-    if at_once(ss, p, score): return cut_at_once(ss, p, known)
-    cuts = {s.name: known.get(s.name) or find_cut(s, score, p, s.sparsity) for s in ss}
-    return {s.name: cut_site(s, score, p, s.sparsity, cuts[s.name]) for s in ss}
+    for s in ss: check_shard(s, p)
+    quick, rest = batches(ss, lambda s: at_once(s, p, score) and in_order(s, p))
+    cuts = {s.name: known.get(s.name) or find_cut(s, score, p, s.sparsity) for s in rest}
+    out: dict[str, Any] = {s.name: cut_site(s, score, p, s.sparsity, cuts[s.name]) for s in rest}
+    for b in quick: out |= cut_at_once(b, p, known)
+    return {s.name: int(out[s.name]) for s in ss}
 
 # %% ../nbs/api/25_oneshot.ipynb #1218d4ff
 def gather(model: nn.Module, ss: Sites, calibration: Any, *parts: Any) -> str: # how to name the calibration in the report

@@ -9,7 +9,8 @@ __all__ = ['OPS', 'cells', 'uncells', 'Geometry', 'along', 'geometry', 'Pattern'
            'count', 'above', 'magnitudes', 'cut_magnitudes', 'stand_magnitudes', 'zero_magnitudes_', 'magnitude_cut',
            'magnitude_standing', 'magnitude_zero_', 'sorted_keep', 'keep_top', 'squares', 'prices', 'repair',
            'exchange', 'search_squares', 'best_squares', 'square_keep', 'Transposable', 'transposable', 'row_unit',
-           'check_scores', 'fitted', 'scan', 'together', 'at_once', 'check_shard', 'groups_before', 'masks']
+           'check_scores', 'fitted', 'scan', 'stored', 'batches', 'at_once', 'in_order', 'check_shard', 'groups_before',
+           'masks']
 
 # %% ../nbs/api/12_patterns.ipynb #43afa96b
 import re
@@ -551,15 +552,25 @@ def scan(site: Site, # the weight
     for s in slabs(site, unit) if unit else [site]: yield s, p.fold(check_scores(s, score(s), score))
 
 # %% ../nbs/api/12_patterns.ipynb #be3dc17c
-def together(sites: Sequence[Site]) -> bool:
-    "Are the weights contiguous, of one type, on one GPU, so that one launch can take them all?"
-    ws = [s.weight for s in sites if s.numel]
-    return bool(ws) and all(w.is_cuda and w.is_contiguous() and not w.data_ptr() % 16 and (w.dtype, w.device) == (ws[0].dtype, ws[0].device) for w in ws)
+def stored(site: Site) -> Tensor | None: # a view; None: no launch can take it
+    "A weight on a GPU in the order of memory."
+    ways = (site.weight, site.weight.mT) if site.numel else ()
+    return next((w for w in ways if w.is_cuda and w.is_contiguous() and not w.data_ptr() % 16), None)
 
-def at_once(sites: Sequence[Site], p: Pattern, score: Callable) -> bool:
-    "May the whole ranking be read off the weights: are the scores magnitudes, and every weight its own tile in one group?"
-    plain = all(s.shape[:2].numel() == s.numel or p.layout == 'flat' for s in sites)
-    return score is magnitude and type(p) is Pattern and (p.tile, p.group) == ((1, 1), (-1, -1)) and plain and together(sites)
+def batches(sites: Sequence[Site], fits: Callable[[Site], bool] = lambda s: True) -> tuple[list[list[Site]], list[Site]]: # batches, the others
+    "Sites that one launch can take, by type and device."
+    out: dict[Any, list[Site]] = {}
+    for s in sites: out.setdefault((s.weight.dtype, s.weight.device) if fits(s) and stored(s) is not None else None, []).append(s)
+    return [b for k, b in out.items() if k], out.get(None, [])
+
+def at_once(site: Site, p: Pattern, score: Callable) -> bool:
+    "May a ranking be read off the weight: are the scores magnitudes, and is every weight its own tile in one group?"
+    single = p.layout != 'kernel' or site.shape[:2].numel() == site.numel
+    return score is magnitude and type(p) is Pattern and (p.tile, p.group) == ((1, 1), (-1, -1)) and single
+
+def in_order(site: Site, p: Pattern) -> bool:
+    "Does memory hold the weight as the pattern reads it, so that the first of equal ones are the same?"
+    return site.weight.is_contiguous() and (p.layout == 'flat' or site.shape[:2].numel() == site.numel)
 
 # %% ../nbs/api/12_patterns.ipynb #451a86c8
 def check_shard(site: Site, p: Pattern, score: Callable | None = None) -> None:

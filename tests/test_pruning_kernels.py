@@ -3,11 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_workbench import oneshot, patterns
+from sparse_workbench import allocation, oneshot, patterns
 from sparse_workbench.allocation import global_
 from sparse_workbench.oneshot import check_all, cut_at_once, prune
 from sparse_workbench.patterns import Pattern, best_squares, block, cut_magnitudes, exchange, nm, per_row, repair, search_squares, stand_magnitudes, transposable, unstructured, zero_magnitudes_
 from sparse_workbench.reconstruct import Root, inverse_root, sweep, sweep_columns
+from sparse_workbench.testing import seeded
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU the kernels are compiled, and tested there')
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -99,8 +100,8 @@ def test_what_the_threshold_kernels_refuse(small):
 @pytest.fixture
 def together(monkeypatch):
     "Lets the CPU go the way of a GPU."
-    def fits(sites): return bool(sites) and len({s.weight.dtype for s in sites}) == 1 and all(s.weight.is_contiguous() for s in sites)
-    for m in (patterns, oneshot): monkeypatch.setattr(m, 'together', fits)
+    def stored(site): return next((w for w in (site.weight, site.weight.mT) if site.numel and w.is_contiguous()), None)
+    for m in (patterns, oneshot, allocation): monkeypatch.setattr(m, 'stored', stored)
     calls = []
     monkeypatch.setattr(oneshot, 'cut_at_once', lambda *a: calls.append(1) or cut_at_once(*a))
     return calls
@@ -136,6 +137,22 @@ def test_what_does_not_fit_goes_the_other_way(together):
     assert not together
     prune(conv, .5, pattern=Pattern(layout='flat'))
     assert together
+
+
+def test_one_odd_weight_does_not_send_the_others_the_long_way(together, monkeypatch):
+    from transformers.pytorch_utils import Conv1D
+    def odd():
+        with seeded(0): return nn.ModuleList([nn.Linear(42, 60), Conv1D(31, 9), nn.Linear(20, 12).double(), nn.Conv2d(3, 5, 3)])
+    for how in (dict(sparsity=.5), dict(sparsity=.7, allocate=global_, ignore='2')):
+        new, old = odd(), odd()
+        a = prune(new, **how)
+        assert len(together) == (2 if 'ignore' not in how else 1)          # one launch for each type; turned weights and kernels are cut singly
+        together.clear()
+        with monkeypatch.context() as m:
+            for x in (patterns, oneshot, allocation): m.setattr(x, 'stored', lambda s: None)
+            b = prune(old, **how)
+        assert a.rows == b.rows and not together
+        for x, y in zip(new.parameters(), old.parameters()): assert torch.equal(x, y)
 
 
 def test_what_is_not_finite_is_named(together):
