@@ -53,7 +53,7 @@ def case(width: int, inner: int, tokens: int, block: tuple[int, int], sparsity: 
         del right, got
         t, d = median_seconds([lambda: mlp(x)], device, repeats), median_seconds([lambda: dense(x)], device, repeats)
     work = 2 * tokens * sum(p.values.numel() for p in (mlp.up, mlp.down, *([mlp.gate] if gated else [])))
-    one_pass = device == 'cuda' and fuses(x, mlp.up.packed, mlp.gate.packed if gated else None)
+    one_pass = device == 'cuda' and fuses(x, mlp.up.packed, mlp.gate.packed if gated else None, mlp.activation)
     rows = [row | dict(what='forward', way='one pass' if one_pass else 'product by product', right=ok, **{'ms': t * 1e3, 'dense ms': d * 1e3, 'faster than dense': d / t, 'of the limit': work / peak / t})]
     if train:
         x.requires_grad_()

@@ -97,8 +97,8 @@ def multiplied(r: Rerouted, x: Tensor) -> Tensor:
     "A layer's forward, by `Product`."
     m: Any = r.site.module
     weight = m.weight.t() if r.turned else m.weight
-    back = weight.detach() if r.back is None else backward_weight(r)
-    x, weight, back, bias = low(x.device.type, x, weight, back, m.bias)
+    x, weight, bias = low(x.device.type, x, weight, m.bias)
+    back = weight.detach() if r.back is None else low(x.device.type, backward_weight(r))[0]
     if not hasattr(m, 'padding'): return Product.apply(x, weight, back, bias, None, r.sample)
     padding = m.padding
     if m.padding_mode != 'zeros' or isinstance(padding, str):

@@ -88,7 +88,7 @@ def sweep(weight: Tensor, # (out, in), any float dtype; not changed
     s, of = asked(pattern, sparsity), max(1, pattern.group[1])
     check_sweep(weight, root, pattern, block)
     w, mask, (out, n) = weight.to(root.u.dtype, copy=True, memory_format=torch.contiguous_format), torch.ones_like(weight, dtype=torch.bool), weight.shape
-    w[:, root.dead] = 0
+    w.masked_fill_(root.dead, 0)
     keep, whole = round(of * (1 - s)), n // of * of # what is beyond `whole` is a last group that is too short
     for i, j in [*((i, min(i + block, whole)) for i in range(0, whole, block)), *[(whole, n)] * (whole < n)]:
         part, u, m, groups = w[:, i:j], root.u[i:j, i:j], mask[:, i:j], of > 1 and i < whole

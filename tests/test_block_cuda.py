@@ -63,6 +63,20 @@ def test_the_operator_chooses_them():
         check(sparse_linear(x.view(7, 11, -1), p), F.linear(x.view(7, 11, -1).double(), unpack(p).double()), dtype, ('leading axes', dtype))
 
 
+def test_what_only_the_twin_takes_is_said_once():
+    import warnings
+    from unittest.mock import patch
+
+    from sparse_workbench.kernels import linear
+    for dtype, side, said in ((torch.bfloat16, 32, 0), (torch.bfloat16, 24, 1), (torch.float64, 32, 1)):
+        p, x, *_ = problem(3, 2, side, side, 9, dtype)
+        with patch.object(linear, '_TOLD', set()), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            for _ in range(3): linear.sparse_linear(x, p)
+        told = [str(w.message) for w in told if 'multiplies' in str(w.message)]
+        assert len(told) == said and all("'block triton' takes float16, bfloat16, float32, blocks with sides of 16" in t for t in told), told
+
+
 def test_compiled_autocast_and_captured():
     from sparse_workbench.kernels.linear import SparseLinear
     p, x, dy, bias = problem(6, 4, 32, 32, 50, torch.float32)

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from launched import ran
 from torch import nn
 
 try: import pytest
@@ -49,17 +50,21 @@ def test_two_of_four_runs_where_it_pays():
     for tokens in (16, 4096):
         model, ids = model_and_ids('2:4', tokens=tokens, hidden=4096)
         right = model(ids)
-        model, told = export(model, ids, budget=20)
+        with ran(torch, '_cslt_sparse_mm'): model, told = export(model, ids, budget=20)      # raced, whoever won
         print(told)
         for r in told.rows: assert (r['kernel'] == 'dense') == bool(r['reason']), r
+        if own := [r for r in told.rows if 'cuSPARSELt' in r['kernel']]:
+            with ran(torch, '_cslt_sparse_mm') as called: model(ids)
+            assert len(called) == len(own)
         assert (model(ids) - right).norm() <= .05 * right.norm()
 
 
 def test_few_tokens_in_a_graph():
     from sparse_workbench.deploy import export
+    from sparse_workbench.kernels import block
     for graph in (False, True):
         model, ids = model_and_ids('block64', .9, tokens=16, hidden=4096)
-        model, told = export(model, ids, budget=15, graph=graph)
+        with ran(block, '_sum'): model, told = export(model, ids, budget=15, graph=graph)
         print(told)
         if not graph: eager = told.total['dense_ms']
         else: assert told.total['dense_ms'] <= 1.2 * eager, 'a replayed graph has no launches to wait for'

@@ -7,6 +7,7 @@ import warnings
 
 import torch
 from blocks import captured, check, more_than_two_billion_inputs, problem, right
+from launched import ran
 
 try: import pytest
 except ImportError: pytest = None
@@ -106,15 +107,57 @@ def test_a_wrong_build_is_left_out():
         block._TRUSTED.update(kept)
 
 
+def test_builds_agree_with_the_twin_on_the_small_problem():
+    from sparse_workbench.kernels.hopper import ACTIVATE, agrees_wide
+    from sparse_workbench.kernels.mlp import agrees_up
+    here = torch.device('cuda:0')
+    for act in ACTIVATE: assert agrees_wide(here, torch.bfloat16, 256, 128, act), act
+    assert agrees_wide(here, torch.float16, 256, 64)
+    for gated in (False, True): assert agrees_up(here, torch.float16, 64, 64, 'gelu', gated) and agrees_up(here, torch.float16, 256, 128, 'relu2', gated), gated
+
+
+def test_a_build_that_fails_gives_way():
+    from unittest.mock import patch
+
+    from sparse_workbench.kernels import block, hopper, mlp
+    (p, x, dy, bias), (gate, _, _, _) = (problem(16, 64, 256, 64, 6000, torch.bfloat16, .9, seed) for seed in (1, 2))
+    assert x.nbytes > hopper.CACHED
+    real, tiles = hopper.built, []
+    def built(device, items):
+        d = dict(items)
+        tiles.append((d['TO'], d['GATED']))
+        if d['GATED'] or d['TO'] == 256: raise RuntimeError('no such instruction')
+        return real(device, items)
+    with patch.dict(block._TRUSTED, clear=True), patch.object(hopper, 'built', built), torch.no_grad(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        for _ in range(2):
+            check(hopper.hopper_forward(x, p.values, p.index, p.shape, bias), right(p, x, dy, bias)[0], torch.bfloat16, ('wide tile',))
+            assert torch.equal(mlp.sparse_up(x, p, gate), mlp.up_twin(x, p, gate))
+    assert sorted(str(w.message).split(' is left out')[0] for w in told if 'is left out' in str(w.message)) == [
+        f"the kernel 'block hopper, {what}' for 256x64 blocks" for what in ('silu, gated', 'wide tile, none')], [str(w.message) for w in told]
+    assert tiles[-1] == (128, 0)
+
+
+def test_float32_fuses_under_autocast():
+    from sparse_workbench.kernels import hopper
+    from sparse_workbench.kernels.mlp import sparse_up, up_twin
+    (p, x, _, bias), (gate, _, _, gate_bias) = (problem(5, 3, 128, 64, 333, torch.float32, .6, seed) for seed in (1, 2))
+    with torch.autocast('cuda', torch.bfloat16), torch.no_grad():
+        right_ = up_twin(x / 10, p, gate, 'silu', bias, gate_bias)
+        with ran(hopper, 'launch') as called: got = [sparse_up(x / 10, p, gate, 'silu', bias, gate_bias) for _ in range(3)]
+    assert [a[4] for a in called][-3:] == ['gated'] * 3 and got[0].dtype == torch.bfloat16 and torch.equal(got[0], got[2])
+    check(got[0], right_.double(), torch.bfloat16, ('autocast',), 4)
+
+
 def test_the_fused_feed_forward_layer():
     from sparse_workbench.kernels.mlp import ACTIVATE, fuses, sparse_up, up_twin
     for r, c in ((128, 128), (256, 64), (64, 64), (128, 64), (256, 128)):
         for columns in (3, 128):
             (p, x, _, bias), (gate, _, _, gate_bias) = (problem(5, columns, r, c, 444, torch.bfloat16, .7, seed) for seed in (1, 2))
             x = x / (columns * c * .3)**.5
-            assert fuses(x, p, gate)
             for name in ACTIVATE:
                 for g, gb in ((gate, gate_bias), (None, None)):
+                    assert fuses(x, p, g, name), (r, c, name, g is not None)
                     with torch.no_grad(): got = sparse_up(x.view(4, 111, -1), p, g, name, bias, gb).view(444, -1)
                     def wide(q): return None if q is None else type(q)(q.format, q.shape, {n: t.double() if n == 'values' else t for n, t in q.tensors.items()})
                     exact = up_twin(x.double(), wide(p), wide(g), name, bias.double(), None if gb is None else gb.double())

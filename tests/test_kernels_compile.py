@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_workbench.kernels import block, nm
+from sparse_workbench.kernels import block, nm, sweep
 
 
 def ptx(f, types, constants, **options):
@@ -33,6 +33,9 @@ for r, c, tokens, kind in ((128, 128, 16, 'bf16'), (64, 64, 16, 'fp16'), (16, 32
 for size, kind, bits in ((32, 'i16', 16), (33, 'i32', 32), (1000, 'i64', 64)):
     width = triton.next_power_of_2(size)
     ptx(nm._mask_long, [f'*{kind}', '*u8', 'i32', 'i32'], dict(SIZE=size, WIDTH=width, GROUPS=4096 // width, BITS=bits, MAGNITUDE=True), num_warps=4)
+for kind in ('fp32', 'fp64'):
+    for of in (0, 4, 16):                                               # a mask that is given; groups
+        ptx(sweep._sweep_kernel, [f'*{kind}', f'*{kind}', '*u8', f'*{kind}', *['i32'] * 5], dict(OF=of, ROWS=4, BLOCK=128), num_warps=1)
 print('compiled')
 '''
 

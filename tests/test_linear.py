@@ -1,6 +1,8 @@
 "The op seam: every format packs and unpacks bit for bit and multiplies as the dense layer does, forward and backward, eager and compiled."
 import copy
 import pickle
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,60 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda x, v, b, p=p: sparse_linear(x, with_values(p, v), b), (x, p.values.clone().requires_grad_(), bias))
 
 
+@pytest.mark.parametrize('format', FORMATS)
+def test_a_second_derivative_is_refused(format):
+    _, p, _ = sparse(format, 2, 3)
+    layer, x = SparseLinear(p), torch.randn(4, p.shape[1], dtype=torch.float64, requires_grad=True)
+    slope, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    assert torch.allclose(slope, 2 * layer(x) @ layer.weight)                      # the first is there
+    with pytest.raises(NotImplementedError, match='differentiable once'): slope.square().sum().backward()
+    g, = torch.autograd.grad(layer(x).square().sum(), layer.values, create_graph=True)
+    with pytest.raises(NotImplementedError, match='differentiable once'): torch.autograd.grad(g.sum(), x)
+    dense = F.linear(x, layer.weight).square().sum()                               # what the message says to do
+    slope, = torch.autograd.grad(dense, x, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), x)[0].any()
+
+
+def test_frozen_values_are_converted_once_under_autocast(monkeypatch):
+    _, p, _ = sparse('block', 3, 3, torch.float32)
+    layer, x, seen = SparseLinear(p), torch.randn(4, p.shape[1]), []
+    k = choose('block', p.values, 4)
+    before = KERNELS[:]
+    register(Kernel('spy', 'block', lambda x, values, *rest: seen.append(values) or k.forward(x, values, *rest), k.grad_x, k.grad_values, dtypes=(torch.bfloat16,)))
+    try:
+        with torch.autocast('cpu', torch.bfloat16):
+            with torch.inference_mode(): layer(x)
+            with torch.no_grad(): y = layer(x)
+            assert seen[0] is seen[1]
+            frozen = copy.deepcopy(layer).requires_grad_(False)
+            x_ = x.clone().requires_grad_()
+            frozen(x_).sum().backward()                                            # a copy that inference made serves here too
+            frozen(x_).sum().backward()
+            assert seen[2] is seen[3] and x_.grad.any()
+            torch.optim.SGD(layer.parameters(), lr=1.).step()
+            layer(x).sum().backward()                                              # trained: converted with its gradient
+            assert seen[4] is not seen[0] and layer.values.grad.dtype == torch.float32
+            torch.optim.SGD(layer.parameters(), lr=1.).step()
+            with torch.no_grad(): assert not torch.equal(layer(x), y) and torch.equal(seen[-1], layer.values.bfloat16())
+    finally: KERNELS[:] = before
+
+
+def test_a_gpu_that_gets_a_twin_says_so_once(monkeypatch):
+    monkeypatch.setattr(linear, '_TOLD', set())
+    before = KERNELS[:]
+    register(Kernel('gpu only', 'block', None, None, None, 'cuda', (torch.float16,), takes=lambda v: v.shape[1] == 32, asks='blocks of 32'))
+    try:
+        for dtype, side, format, said in ((torch.float16, 32, 'block', 0), (torch.float16, 24, 'block', 1), (torch.float16, 24, 'block', 0), (torch.float64, 32, 'block', 1), (torch.float64, 32, 'bitmask', 0)):
+            values = SimpleNamespace(device=torch.device('cuda'), dtype=dtype, shape=torch.Size((3, side, side)))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter('always')
+                choose(format, values, 5), linear.multiplier(format, values, 5)
+            assert len(told) == said, (dtype, side, format)
+            if said: assert f"'block twin' multiplies a 'block' weight, {str(dtype)[6:]} in blocks of {side}×{side}, on cuda" in str(told[0].message)
+            if said: assert "'gpu only' takes float16, blocks of 32" in str(told[0].message)
+    finally: KERNELS[:] = before
+
+
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     called = []
     k = next(k for k in KERNELS if k.name == 'block twin')
@@ -137,6 +193,9 @@ def test_what_is_dropped_does_not_leak():
     (ValueError, 'torch.sparse_csr is packed already', lambda: pack(torch.eye(4).to_sparse_csr(), 'dense')),
     (ValueError, r'divides into 3 × 2, not \(4, 4\)', lambda: pack(torch.ones(4, 4), 'block', (3, 2))),
     (ValueError, r'divides into 0 × 0', lambda: pack(torch.ones(4, 4), 'block', 0)),
+    (TypeError, r'block=4.0: give the side of a square as a whole number', lambda: pack(torch.ones(4, 4), 'block', 4.)),
+    (TypeError, r'block=\(2, 2, 2\): give', lambda: pack(torch.ones(4, 4), 'block', (2, 2, 2))),
+    (NotImplementedError, 'no forward-mode derivative .*: use backward', lambda: torch.func.jacfwd(SparseLinear(pack(torch.eye(4), 'dense')))(torch.ones(4))),
     (ValueError, 'keeps 3', lambda: pack(torch.tensor([[1., 1, 1, 0]]), '2:4')),
     (ValueError, r"'block' with block=None", lambda: pack(torch.ones(4, 4), 'block')),
     (ValueError, r"'2:4' with block=\(4, 4\)", lambda: pack(torch.ones(4, 4), '2:4', 4)),
@@ -266,14 +325,18 @@ def test_sharded_by_fsdp():
     x = torch.randn(5, p.shape[1])
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = copy.deepcopy(plain)
+        model, low = copy.deepcopy(plain), []
         fully_shard(model, mesh=dist.init_device_mesh('cpu', (1,)))
+        assert linear.sharded_here()                                               # so that nothing is remembered of values
         for m in (plain, model):
             opt = torch.optim.SGD(m.parameters(), lr=.1)
             for _ in range(2):
                 opt.zero_grad()
                 m(x).square().sum().backward()
                 opt.step()
+                with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): low.append(m(x))      # FSDP gathers new values into the same tensor
+                if m is model: model.reshard()
+        assert all(torch.allclose(a, b, atol=.1, rtol=.1) for a, b in zip(low[:2], low[2:])) and not torch.equal(low[0], low[1])
         assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()] == ['0.values', '0.bias']
         for a, b in zip(model.parameters(), plain.parameters()): assert torch.allclose(a.full_tensor(), b)
         assert torch.allclose(model(x), plain(x))
@@ -339,3 +402,24 @@ def test_a_refused_checkpoint_leaves_the_layer_as_it_was():
     q = layer.packed
     for name in ('values', 'columns', 'offsets'):
         with pytest.raises(ValueError, match='a damaged weight'): SparseLinear(Packed('block', q.shape, {**q.tensors, name: q.tensors[name][:-1]}))
+
+
+@pytest.mark.parametrize('gated', [False, True])
+@pytest.mark.parametrize('hooked', [False, True])
+def test_feed_forward_layers(gated, hooked):
+    from sparse_workbench.kernels.mlp import SparseMLP, up_twin
+    torch.manual_seed(0)
+    up, down, gate = (SparseLinear(pack(torch.randn(out, inp).where((torch.rand(out // 16, inp // 16) < .5).repeat_interleave(16, 0).repeat_interleave(16, 1), 0), 'block', 16), torch.randn(out))
+                      for out, inp in ((64, 32), (32, 64), (64, 32)))
+    mlp, x, heard = SparseMLP(up, down, gate if gated else None), torch.randn(7, 32), []
+    h = up_twin(x, up.packed, gate.packed if gated else None, up_bias=up.bias, gate_bias=gate.bias if gated else None)
+    if hooked:
+        up.register_forward_pre_hook(lambda m, told: heard.append(told[0].shape))
+        if gated: up.register_forward_hook(lambda m, told, y: 3 * y)
+    right = down(3 * h if hooked and gated else h)
+    assert torch.allclose(mlp(x), right, atol=1e-4) and heard == [x.shape] * hooked
+    compiled = torch.compile(mlp, fullgraph=not hooked, backend='aot_eager')
+    for context in (torch.autocast('cpu', enabled=False), torch.autocast('cpu', torch.bfloat16)):
+        for grad in (True, False):
+            with context, torch.set_grad_enabled(grad): assert torch.equal(compiled(x), mlp(x)), (gated, hooked, grad)
+    torch.compiler.reset()

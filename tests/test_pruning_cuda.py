@@ -3,10 +3,9 @@
 Runs under pytest, and as a script where there is no pytest: python tests/test_pruning_cuda.py
 """
 import sys
-from contextlib import contextmanager
-from unittest.mock import patch
 
 import torch
+from launched import ran
 
 try: import pytest
 except ImportError: pytest = None
@@ -31,8 +30,9 @@ def exact(xs, drop):
 
 
 def same_cuts(xs, groups, drops):
+    from sparse_workbench.kernels import threshold as K
     from sparse_workbench.patterns import magnitude_cut
-    values, ties = magnitude_cut(xs, groups, drops)
+    with ran(K, '_cuts'): values, ties = magnitude_cut(xs, groups, drops)
     for g, (d, v, t) in enumerate(zip(drops, values.tolist(), ties.tolist())):
         assert (v, t) == exact([x for x, i in zip(xs, groups) if i == g], d), (xs[0].dtype, g, d, v, t)
 
@@ -67,33 +67,38 @@ def test_cuts_where_the_sample_is_fooled():
 
 
 def test_standing_and_zeros():
+    from sparse_workbench.kernels import threshold as K
     from sparse_workbench.patterns import magnitude_standing, magnitude_zero_, stand_magnitudes, zero_magnitudes_
     for dtype in DTYPES:
         xs = weights(dtype, 100_000, 32_768, 7, 65_537, 1_000_001)
         for values in ([.5, 0, 1, 2, .25], [-torch.inf] * 5, [torch.inf] * 5, [xs[0][3].abs().item(), 0, 2, .5, 4]):
             v = torch.tensor(values, dtype=torch.double)
-            assert torch.equal(magnitude_standing(xs, v), stand_magnitudes([x.cpu() for x in xs], v)), (dtype, values)
+            with ran(K, '_standing'): got = magnitude_standing(xs, v)
+            assert torch.equal(got, stand_magnitudes([x.cpu() for x in xs], v)), (dtype, values)
             for ties in ([0] * 5, [1, 5_000, 2, 20_000, 10_000], [10**7] * 5):
                 here, there = [x.clone() for x in xs], [x.cpu() for x in xs]
-                assert torch.equal(magnitude_zero_(here, v, torch.tensor(ties)), zero_magnitudes_(there, v, torch.tensor(ties))), (dtype, values, ties)
+                with ran(K, '_zero_'): got = magnitude_zero_(here, v, torch.tensor(ties))
+                assert torch.equal(got, zero_magnitudes_(there, v, torch.tensor(ties))), (dtype, values, ties)
                 for a, b in zip(here, there): assert torch.equal(a.cpu(), b) and torch.equal(a.cpu().signbit(), b.signbit()), (dtype, values, ties)
 
 
 def test_nothing_beyond_the_weights_is_written():
+    from sparse_workbench.kernels import threshold as K
     from sparse_workbench.patterns import magnitude_zero_
     for n in (5, 4_096, 32_769, 100_000):
         whole = torch.full((n + 128,), 1., device='cuda', dtype=torch.bfloat16)
-        magnitude_zero_([whole[64:64 + n]], torch.tensor([2.]), torch.tensor([0]))
+        with ran(K, '_zero_'): magnitude_zero_([whole[64:64 + n]], torch.tensor([2.]), torch.tensor([0]))
         assert (whole == 0).sum() == n and whole[:64].eq(1).all() and whole[64 + n:].eq(1).all(), n
 
 
 def test_digits():
+    from sparse_workbench.kernels import threshold as K
     from sparse_workbench.patterns import digit_counts, key_counts, ordered
     for dtype in DTYPES:
         x, = weights(dtype, 300_001)
         for known in range(0, 8 * x.element_size(), 16):
             prefix = int(ordered(x)[5] >> (8 * x.element_size() - known)) if known else 0
-            got = key_counts(x, prefix, known)
+            with ran(K, '_digits_kernel'): got = key_counts(x, prefix, known)
             assert torch.equal(got.cpu(), digit_counts(x.cpu(), prefix, known)) and got.sum() > 0, (dtype, known)
 
 
@@ -114,6 +119,7 @@ def test_pruning_is_the_same_on_both():
     from torch import nn
 
     from sparse_workbench.allocation import erk, global_
+    from sparse_workbench.kernels import threshold as K
     from sparse_workbench.oneshot import prune
     from sparse_workbench.patterns import Pattern
     from sparse_workbench.scores import random
@@ -128,7 +134,10 @@ def test_pruning_is_the_same_on_both():
             there.cuda()
             for odd in (False, True):
                 if odd: there[0].weight.data = there[0].weight.data.t().contiguous().t()      # the kernels cannot take it, the answer is the same
-                a, b = prune(here, **how), prune(there, **how)
+                a = prune(here, **how)
+                if odd or 'score' in how or conv: b = prune(there, **how)
+                else:
+                    with ran(K, '_standing', '_zero_'): b = prune(there, **how)
                 assert a.total == b.total, (how, dtype, odd)
                 for x, y in zip(here.parameters(), there.parameters()): assert torch.equal(x, y.cpu()), (how, dtype, odd)
 
@@ -136,14 +145,16 @@ def test_pruning_is_the_same_on_both():
 def test_what_is_not_finite_is_named():
     from torch import nn
 
+    from sparse_workbench.kernels import threshold as K
     from sparse_workbench.oneshot import prune
     for bad in (float('nan'), float('inf'), -float('inf')):
         model = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 77)).bfloat16().cuda()
         model[1].weight.data[5, 7] = bad
         before = model[0].weight.clone()
-        try: prune(model, .5)
-        except ValueError as e: assert '1.weight (77, 300) holds 1 NaN or infinite' in str(e), e
-        else: raise AssertionError(bad)
+        with ran(K, '_standing'):
+            try: prune(model, .5)
+            except ValueError as e: assert '1.weight (77, 300) holds 1 NaN or infinite' in str(e), e
+            else: raise AssertionError(bad)
         assert torch.equal(before, model[0].weight)
 
 
@@ -189,23 +200,16 @@ def root_of(inp, dead=()):
     return inverse_root(x.T @ x)
 
 
-@contextmanager
-def launches():
-    "Shapes that the kernel of the sweep is launched for: its twin would take its place without a word."
-    from sparse_workbench.kernels import sweep
-    seen, real = [], sweep._launch
-    with patch.object(sweep, '_launch', lambda w, *rest, **kw: seen.append(tuple(w.shape)) or real(w, *rest, **kw)): yield seen
-
-
 def test_a_swept_block_is_the_twin():
+    from sparse_workbench.kernels import sweep as S
     from sparse_workbench.kernels.sweep import sweep_block_kernel
     from sparse_workbench.reconstruct import sweep_columns
     for out, inp in ((1, 128), (1000, 128), (77, 40), (333, 300), (2048, 64)):
         root, w, mask = root_of(inp, (3,)), torch.randn(out, inp, dtype=torch.double, device='cuda'), torch.rand(out, inp, device='cuda') < .5
         right, got = w.clone(), w.float()
         e0, m0 = sweep_columns(right, root.u, mask, 0, 0)
-        with launches() as seen: e1, m1 = sweep_block_kernel(got, root.u.float(), mask, 0, 0)
-        assert seen == [(out, min(128, inp - i)) for i in range(0, inp, 128)]
+        with ran(S, '_launch') as seen: e1, m1 = sweep_block_kernel(got, root.u.float(), mask, 0, 0)
+        assert [part.shape for part, *_ in seen] == [(out, min(128, inp - i)) for i in range(0, inp, 128)]
         assert torch.equal(m0, m1) and torch.equal(got == 0, ~m1)
         for a, b in ((got, right), (e1, e0)): assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (out, inp)
 
@@ -224,6 +228,7 @@ def near_ties(w, u, keep, of):
 
 
 def test_a_swept_block_chooses_the_same():
+    from sparse_workbench.kernels import sweep as S
     from sparse_workbench.kernels.sweep import sweep_block_kernel
     from sparse_workbench.reconstruct import sweep_columns
     for keep, of in ((2, 4), (4, 8), (1, 2), (3, 5), (8, 16), (16, 32), (1, 4)):
@@ -232,21 +237,22 @@ def test_a_swept_block_chooses_the_same():
         none, clear = torch.zeros_like(w, dtype=torch.bool), ~near_ties(w, root.u, keep, of)
         right, got = w.clone(), w.float()
         e0, m0 = sweep_columns(right, root.u, none, keep, of)
-        with launches() as seen: e1, m1 = sweep_block_kernel(got, root.u.float(), none, keep, of)
-        assert seen == [tuple(w.shape)]
+        with ran(S, '_launch') as seen: e1, m1 = sweep_block_kernel(got, root.u.float(), none, keep, of)
+        assert [part.shape for part, *_ in seen] == [w.shape]
         assert (m1.view(len(w), -1, of).sum(2) == keep).all() and clear.float().mean() > .8, (keep, of, clear.float().mean())
         assert torch.equal(m0[clear], m1[clear]), (keep, of, int((m0 != m1)[clear].sum()))
         for a, b in ((got, right), (e1, e0)): assert (a - b)[clear].abs().max() <= 1e-5 * b.abs().max(), (keep, of)
 
 
 def test_a_whole_sweep():
+    from sparse_workbench.kernels import sweep as S
     from sparse_workbench.patterns import nm, per_row, unstructured
     from sparse_workbench.reconstruct import Root, sweep
     root, w = root_of(1000, (5, 500)), torch.randn(700, 1000, dtype=torch.double, device='cuda')
     for p, s in ((unstructured(), .5), (unstructured(), .83), (per_row(), .5), (nm(2, 4), None), (nm(4, 8), None)):
         right, m0 = sweep(w, root, p, s)
-        with launches() as seen: got, m1 = sweep(w.float().t().contiguous().t(), Root(root.u.float(), root.dead), p, s)      # stored column by column
-        assert len(seen) == 8, (p, seen)
+        with ran(S, '_launch') as seen: got, m1 = sweep(w.float().t().contiguous().t(), Root(root.u.float(), root.dead), p, s)      # stored column by column
+        assert len(seen) == 8, (p, len(seen))
         same = (m0 == m1).float().mean().item()
         assert int(m1.sum()) == int(m0.sum()) and torch.equal(got == 0, ~m1 | (got == 0)) and not got[:, root.dead].any(), p
         assert same > .999, (p, same)

@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from launched import ran
 
 try: import pytest
 except ImportError: pytest = None
@@ -60,6 +61,33 @@ def test_one_conversion_and_one_search():
     with patch.multiple(torch, **{n: noted(n) for n in ('_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm')}), torch.no_grad():
         for p in ps * 3: sparse_linear(x, p)
     assert [seen.count(n) for n in ('_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm')] == [2, 1, 6], seen
+
+
+def test_one_conversion_of_float32_under_autocast():
+    from sparse_workbench.kernels.linear import Packed, sparse_linear, unpack
+    from sparse_workbench.kernels.semi_structured import prune_pack
+    p, x = prune_pack(torch.randn(128, 64, device='cuda').bfloat16()), torch.randn(48, 64, device='cuda')
+    wide = Packed('2:4', p.shape, dict(p.tensors, values=p.values.float().requires_grad_()))
+    with torch.autocast('cuda', torch.bfloat16):
+        with torch.no_grad(), ran(torch, '_cslt_compress', '_cslt_sparse_mm') as calls: ys = [sparse_linear(x, wide) for _ in range(3)]
+        assert (len(calls['_cslt_compress']), len(calls['_cslt_sparse_mm'])) == (1, 3)
+        assert all(torch.equal(y, ys[0]) for y in ys) and close(ys[0].float(), F.linear(x.bfloat16().float(), unpack(p).float()))
+        with ran(torch, '_cslt_compress') as calls, torch.no_grad():
+            wide.values.mul_(2)
+            assert close(sparse_linear(x, wide).float(), 2 * ys[0].float())
+        sparse_linear(x, wide).sum().backward()
+    assert len(calls) == 1 and wide.values.grad.dtype == torch.float32
+
+
+def test_what_only_the_twin_takes_is_said_once():
+    import warnings
+
+    from sparse_workbench.kernels import linear
+    p = linear.pack(torch.eye(64, device='cuda'), '2:4')
+    with patch.object(linear, '_TOLD', set()), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        for _ in range(3): linear.sparse_linear(torch.randn(5, 64, device='cuda'), p)
+    assert len(told) == 1 and "'2:4 twin' multiplies a '2:4' weight, float32, on cuda, which is slow: '2:4 cuSPARSELt' takes float16, bfloat16" in str(told[0].message), told
 
 
 if __name__ == '__main__':

@@ -122,7 +122,8 @@ def block_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor]
 SIZES = (16, 32, 64, 128, 256)  # of a block, along each axis; 128 × 256 entries at most
 
 block_kernel = Kernel('block triton', 'block', block_forward, block_grad_x, block_grad_values, 'cuda',
-                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15)
+                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15,
+                      asks='blocks with sides of 16, 32, 64, 128 or 256, and 32,768 entries at most')
 register(block_kernel)
 
 # %% ../../nbs/api/32_block.ipynb #06fb52e4
@@ -194,7 +195,8 @@ def trusted(name: str, # of the kernel
     if key not in _TRUSTED:
         if values.is_cuda and torch.cuda.is_current_stream_capturing(): return False
         if isinstance(values, FakeTensor): return False              # nothing to test with; asked again with numbers
-        try: problem = None if agrees(values.device, values.dtype, r, c) else 'it gives wrong numbers'
+        try:
+            with torch.autocast(values.device.type, enabled=False): problem = None if agrees(values.device, values.dtype, r, c) else 'it gives wrong numbers'
         except torch.OutOfMemoryError: return False                  # there may be memory the next time
         except Exception as e: problem = f'{type(e).__name__}: {e}'.splitlines()[0] # whatever a compiler or a driver says
         if problem: warnings.warn(f"the kernel {name!r} for {r}x{c} blocks is left out on {values.device}: {problem}; another takes its place", stacklevel=2)

@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'FORMATS', 'KERNELS', 'Packed', 'pack_bits', 'unpack_bits', 'block_rows', 'Format', 'pack', 'unpack',
-           'verify', 'Kernel', 'register', 'choose', 'twin', 'sparse_linear', 'SparseLinear']
+           'verify', 'Kernel', 'register', 'choose', 'multiplier', 'twin', 'check_no_tangent', 'sharded_here',
+           'converted_values', 'autocast_packed', 'sparse_linear', 'SparseLinear']
 
 # %% ../../nbs/api/30_linear.ipynb #b8be49c0
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core import bits
 from ..patterns import OPS, nm_keep
@@ -132,13 +137,21 @@ def _check_weight(weight: Tensor, format: str, block: tuple[int, int] | None, ma
         raise ValueError(f"format {format!r} needs a weight that divides into {tile[0]} × {tile[1]}, not {tuple(weight.shape)}: choose another block or format 'bitmask'")
 
 # %% ../../nbs/api/30_linear.ipynb #09dbc5e8
+def _sides(block: Any) -> tuple[int, int] | None: # (rows, columns)
+    "The sides of a block, from the size of a square or both. TypeError for what is neither."
+    sides = tuple(block) if isinstance(block, tuple | list) else (block, block)
+    if block is not None and (len(sides) != 2 or any(type(n) is not int for n in sides)):
+        raise TypeError(f"block={block!r}: give the side of a square as a whole number, e.g. 32, or (rows, columns)")
+    return None if block is None else sides
+
+# %% ../../nbs/api/30_linear.ipynb #a67f1585
 def pack(weight: Tensor, # (out, in)
          format: str, # 'dense', 'bitmask', '2:4' or 'block'
          block: int | tuple[int, int] | None = None, # for 'block': the size of a square, or (rows, columns)
          mask: Tensor | None = None, # bool like the weight, True = kept; default: what is not +0
          ) -> Packed: # shares no memory with the weight
     "Store a weight without what is dropped. ValueError or TypeError that says what does not fit."
-    tile = (block, block) if isinstance(block, int) else block
+    tile = _sides(block)
     _check_weight(weight, format, tile, mask)
     w = weight.detach().contiguous()
     kept = bits(w) != 0 if mask is None else mask.contiguous()
@@ -147,7 +160,7 @@ def pack(weight: Tensor, # (out, in)
     tensors['values'] = tensors['values'].view(w.dtype)
     return Packed(format, (w.size(0), w.size(1)), {n: t.contiguous() for n, t in tensors.items()})
 
-# %% ../../nbs/api/30_linear.ipynb #a67f1585
+# %% ../../nbs/api/30_linear.ipynb #1d62fc28
 def unpack(packed: Packed) -> Tensor: # (out, in)
     """The dense weight, a new tensor, +0 wherever nothing is stored.
 
@@ -155,7 +168,7 @@ def unpack(packed: Packed) -> Tensor: # (out, in)
     """
     return FORMATS[packed.format].dense(bits(packed.values.detach()), packed.index, packed.shape).view(packed.dtype)
 
-# %% ../../nbs/api/30_linear.ipynb #61a40876
+# %% ../../nbs/api/30_linear.ipynb #9ebd4a44
 def _sound_blocks(values, index, shape) -> bool:
     offsets, columns = index
     if values.ndim != 3 or offsets.ndim != 1 or columns.shape != values.shape[:1] or 0 in values.shape[1:]: return False
@@ -165,7 +178,7 @@ def _sound_blocks(values, index, shape) -> bool:
     inside = not len(columns) or bool(columns.min() >= 0 and columns.max() < width)
     return inside and bool((torch.diff(block_rows(offsets, columns) * width + columns) > 0).all())
 
-# %% ../../nbs/api/30_linear.ipynb #9ebd4a44
+# %% ../../nbs/api/30_linear.ipynb #742f9e8e
 def verify(packed: Packed) -> None:
     "ValueError when the integers of a packed weight do not fit its values and shape."
     v, index, shape = packed.values, packed.index, packed.shape
@@ -179,7 +192,7 @@ def verify(packed: Packed) -> None:
         sizes = ', '.join(f'{n} {tuple(t.shape)}' for n, t in packed.tensors.items())
         raise ValueError(f"a damaged weight: {sizes} do not describe a {packed.format!r} weight of shape {shape}: pack it again")
 
-# %% ../../nbs/api/30_linear.ipynb #9e27189e
+# %% ../../nbs/api/30_linear.ipynb #5d92a5a0
 @dataclass(frozen=True)
 class Kernel:
     "One way to multiply with a packed weight, and what it takes."
@@ -193,8 +206,9 @@ class Kernel:
     least: int = 0                       # tokens, from
     most: float = math.inf               # tokens, up to and with
     takes: Callable[[Tensor], bool] = lambda values: True  # a last look at the values: block sizes
+    asks: str = ''                       # what `takes` looks for, in words
 
-# %% ../../nbs/api/30_linear.ipynb #5d92a5a0
+# %% ../../nbs/api/30_linear.ipynb #7f9eddc0
 # The table belongs to the operators, of which a process has one set.
 KERNELS: list[Kernel] = vars(OPS).setdefault('linear_kernels', [])
 
@@ -203,7 +217,7 @@ def register(kernel: Kernel) -> None:
     at = next((i for i, k in enumerate(KERNELS) if k.name == kernel.name), len(KERNELS))
     KERNELS[at:at + 1] = [kernel]
 
-# %% ../../nbs/api/30_linear.ipynb #7f9eddc0
+# %% ../../nbs/api/30_linear.ipynb #3d59d2c5
 def choose(format: str, # of the packed weight
            values: Tensor, # its values: they tell device, dtype and block size
            tokens: int, # rows of x
@@ -214,7 +228,23 @@ def choose(format: str, # of the packed weight
            and k.least <= tokens <= k.most and k.takes(values): return k
     raise LookupError(f"no kernel multiplies {format!r} in {values.dtype} on {values.device.type}: use one of {sorted({k.format for k in KERNELS})}")
 
-# %% ../../nbs/api/30_linear.ipynb #9dc2825a
+# %% ../../nbs/api/30_linear.ipynb #ed389a26
+_TOLD: set[tuple] = set()
+
+def multiplier(format: str, values: Tensor, tokens: int) -> Kernel:
+    "As `choose`; warns, once, when a GPU has kernels for this format and none for such a weight."
+    k, device = choose(format, values, tokens), values.device.type
+    if k.device is not None or device != 'cuda': return k
+    own = [o for o in KERNELS if o.format == format and o.device == device]
+    kind = format, values.dtype, tuple(values.shape[1:]) if format == 'block' else ()
+    if own and kind not in _TOLD:
+        _TOLD.add(kind)
+        ask = '; '.join(f"{o.name!r} takes {', '.join(str(d)[6:] for d in o.dtypes)}{o.asks and ', '}{o.asks}" for o in own)
+        blocks = ' in blocks of {}×{}'.format(*kind[2]) if kind[2] else ''
+        warnings.warn(f"{k.name!r} multiplies a {format!r} weight, {str(values.dtype)[6:]}{blocks}, on {device}, which is slow: {ask}", stacklevel=3)
+    return k
+
+# %% ../../nbs/api/30_linear.ipynb #9bbb50c7
 def _wide(x: Tensor) -> Tensor:
     "16-bit floats are multiplied and summed in 32 bits, as a GPU does."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -232,7 +262,7 @@ def twin(format: str) -> Kernel:
 
 for _format in ('dense', 'bitmask', '2:4'): register(twin(_format))
 
-# %% ../../nbs/api/30_linear.ipynb #5d9f9bfa
+# %% ../../nbs/api/30_linear.ipynb #a842e280
 def _split(x: Tensor, size: int, where: Tensor) -> Tensor: # (blocks, tokens, size): the piece that each block needs
     return _wide(x).reshape(x.size(0), x.size(1) // size, size).transpose(0, 1)[where]
 
@@ -240,7 +270,7 @@ def _gathered(pieces: Tensor, where: Tensor, count: int) -> Tensor: # (tokens, c
     zeros = pieces.new_zeros(count, *pieces.shape[1:])
     return zeros.index_add_(0, where, pieces).transpose(0, 1).reshape(pieces.size(1), count * pieces.size(2))
 
-# %% ../../nbs/api/30_linear.ipynb #9bbb50c7
+# %% ../../nbs/api/30_linear.ipynb #dce2f772
 def _blocks_forward(x, values, index, shape, bias) -> Tensor:
     r, c = values.shape[1:]
     y = _gathered(_split(x, c, index[1].long()) @ _wide(values).mT, block_rows(*index), shape[0] // r)
@@ -256,21 +286,21 @@ def _blocks_grad_values(dy, x, values, index, shape) -> Tensor:
 
 register(Kernel('block twin', 'block', _blocks_forward, _blocks_grad_x, _blocks_grad_values))
 
-# %% ../../nbs/api/30_linear.ipynb #7968a224
+# %% ../../nbs/api/30_linear.ipynb #93703042
 def _turned(format: str, x: Tensor) -> bool: # does the output lie column by column in memory?
     return format == '2:4' and x.device.type == 'cuda'
 
 def _forward(x: Tensor, values: Tensor, index: list[Tensor], bias: Tensor | None, format: str, shape: list[int]) -> Tensor:
-    y = choose(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias)
+    y = multiplier(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias)
     return y.t().contiguous().t() if _turned(format, x) else y.contiguous()
 
 def _grad_x(dy: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
-    return choose(format, values, dy.size(0)).grad_x(dy, values, index, tuple(shape)).contiguous()
+    return multiplier(format, values, dy.size(0)).grad_x(dy, values, index, tuple(shape)).contiguous()
 
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
-    return choose(format, values, dy.size(0)).grad_values(dy, x, values, index, tuple(shape)).contiguous()
+    return multiplier(format, values, dy.size(0)).grad_values(dy, x, values, index, tuple(shape)).contiguous()
 
-# %% ../../nbs/api/30_linear.ipynb #c73abff7
+# %% ../../nbs/api/30_linear.ipynb #06dc9294
 def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, values, index, bias, ctx.format, ctx.shape = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *index)
@@ -282,7 +312,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
             ops.sparse_linear_grad_values(dy, x, values, index, ctx.format, ctx.shape) if need_values else None,
             [None] * len(index), dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype) if need_bias else None, None, None)
 
-# %% ../../nbs/api/30_linear.ipynb #93703042
+# %% ../../nbs/api/30_linear.ipynb #63af5ceb
+def _once(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("a sparse product is differentiable once, and this asks for the gradient of its gradient: leave create_graph=True out, "
+                              "or multiply with the dense weight, F.linear(x, layer.weight, layer.bias)")
+
+# %% ../../nbs/api/30_linear.ipynb #8c791e95
 def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
     def precise(x: Tensor, *rest) -> Tensor: # what a kernel computes in 32 bits, autocast would compute in 16
         if not torch.is_autocast_enabled(x.device.type): return run(x, *rest)
@@ -299,8 +334,9 @@ if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
     _operator('sparse_linear', 'Tensor x, Tensor values, Tensor[] index, Tensor? bias, str format, int[] shape',
               _forward, lambda x, values, index, bias, format, shape: x.new_empty(shape[0], x.size(0)).t() if _turned(format, x) else x.new_empty(x.size(0), shape[0]))
     torch.library.register_autograd('sparse_workbench::sparse_linear', _backward, setup_context=_remember)
+    for _name in ('x', 'values'): torch.library.register_autograd(f'sparse_workbench::sparse_linear_grad_{_name}', _once)
 
-# %% ../../nbs/api/30_linear.ipynb #e9afabee
+# %% ../../nbs/api/30_linear.ipynb #65035580
 def _check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     v, (out, inp) = packed.values, packed.shape
     if x.ndim < 1 or x.size(-1) != inp: raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight ({out}, {inp}): its last axis must be {inp}")
@@ -310,28 +346,63 @@ def _check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     for name, t in {'x': x, 'the bias': bias, **{f'{n!r} of the weight': t for n, t in packed.tensors.items()}}.items():
         if t is not None and t.device != v.device: raise ValueError(f"{name} is on {t.device} and the values of the weight on {v.device}: move one of them with .to()")
 
+# %% ../../nbs/api/30_linear.ipynb #6ffd80fd
+def check_no_tangent(*ts: Tensor | None) -> None:
+    "NotImplementedError where forward-mode differentiation (torch.func.jvp, jacfwd) goes through a sparse product."
+    if torch.compiler.is_compiling(): return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in ts):
+        raise NotImplementedError("a sparse product has no forward-mode derivative (jvp): use backward() or torch.autograd.grad, "
+                                  "or multiply with the dense weight, F.linear(x, layer.weight, layer.bias)")
+
+# %% ../../nbs/api/30_linear.ipynb #7821f657
+_CASTS: Any = WeakIdKeyDictionary()
+
 def _autocast(t: Tensor | None, device: str) -> Tensor | None:
     if t is None or t.dtype == torch.float64 or device == 'meta' or not torch.is_autocast_enabled(device): return t
     return t.to(torch.get_autocast_dtype(device))
 
-# %% ../../nbs/api/30_linear.ipynb #5de0a27e
+def sharded_here() -> bool:
+    "Does FSDP shard a model of this process?"
+    return bool(getattr(sys.modules.get('torch.distributed._composable_state'), '_module_state_mapping', None))
+
+def _lasts(t: Tensor) -> bool: # may a converted copy be held?
+    if torch.is_grad_enabled() and t.requires_grad or type(t) not in (Tensor, nn.Parameter) or t.is_inference() or sharded_here(): return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+def converted_values(values: Tensor, device: str) -> Tensor: # themselves, or a copy
+    "As autocast would have them."
+    if torch.compiler.is_compiling() or device == 'meta' or not torch.is_autocast_enabled(device): return _autocast(values, device)  # type: ignore[return-value]
+    if values.dtype in (torch.float64, torch.get_autocast_dtype(device)) or not _lasts(values): return _autocast(values, device)  # type: ignore[return-value]
+    kept, now = _CASTS.get(values), (values._version, values.data_ptr(), torch.get_autocast_dtype(device))
+    if kept is None or kept[0] != now:
+        with torch.inference_mode(False): kept = _CASTS[values] = now, _autocast(values.detach(), device)
+    return kept[1]
+
+# %% ../../nbs/api/30_linear.ipynb #eba91407
+def autocast_packed(packed: Packed, device: str) -> Packed:
+    "A weight as autocast would have it."
+    return Packed(packed.format, packed.shape, {**packed.tensors, 'values': converted_values(packed.values, device)})
+
+# %% ../../nbs/api/30_linear.ipynb #fbefb1e7
 def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
                   packed: Packed, # the weight (out, in)
                   bias: Tensor | None = None, # (out,)
                   ) -> Tensor: # (..., out)
-    """`x @ unpack(packed).T + bias`, differentiable once in x, bias and the packed values.
+    """`x @ unpack(packed).T + bias`, differentiable once, backwards, in x, bias and the packed values.
 
-    The gradient of the values is the dense gradient at the stored places. ValueError or TypeError for what does not fit.
+    The gradient of the values is the dense gradient at the stored places. ValueError or TypeError for what does not fit,
+    NotImplementedError for a second or a forward-mode derivative.
     """
     device = x.device.type
+    check_no_tangent(x, packed.values, bias)
     x, bias = _autocast(x, device), _autocast(bias, device)  # type: ignore[assignment]
-    packed = Packed(packed.format, packed.shape, {**packed.tensors, 'values': _autocast(packed.values, device)})  # type: ignore[dict-item]
+    packed = autocast_packed(packed, device)
     _check_call(x, packed, bias)
     tokens = x.reshape(math.prod(x.shape[:-1]), x.size(-1))
     y = torch.ops.sparse_workbench.sparse_linear(tokens, packed.values, packed.index, bias, packed.format, list(packed.shape))
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
-# %% ../../nbs/api/30_linear.ipynb #5d52e800
+# %% ../../nbs/api/30_linear.ipynb #a9ec1184
 def _not_assigned(format: str) -> AttributeError:
     return AttributeError(f"the weight of a SparseLinear is packed and cannot be assigned: make a new layer, "
                           f"SparseLinear(pack(weight, {format!r}, …), bias), or a dense nn.Linear from unpack(layer.packed)")
@@ -343,7 +414,7 @@ def _verify_loading(layer: 'SparseLinear', state: dict[str, Any], prefix: str, *
     whole = Packed(layer.format, layer.shape, {n: new.get(n, getattr(layer, n)) for n in layer.names})
     if not any(t.is_meta for t in whole.tensors.values()): verify(whole)
 
-# %% ../../nbs/api/30_linear.ipynb #7821f657
+# %% ../../nbs/api/30_linear.ipynb #4f1df909
 class SparseLinear(nn.Module):
     "A linear layer whose weight is packed; calls `sparse_linear`."
     def __init__(self, packed: Packed, # the weight (out, in); its tensors are used, not copied

@@ -15,7 +15,7 @@ from ..core import bits
 from .threshold import _keys
 from ..patterns import sorted_keep
 
-# %% ../../nbs/api/31_nm.ipynb #3fab02af
+# %% ../../nbs/api/31_nm.ipynb #0bd203db
 @triton.jit(do_not_specialize=['keep'])
 def _mask_run(x_ptr, mask_ptr, total, keep, SIZE: tl.constexpr, GROUPS: tl.constexpr, MAGNITUDE: tl.constexpr):
     "Groups of a power of two: GROUPS * SIZE neighbours in memory for each program."
@@ -31,7 +31,7 @@ def _mask_run(x_ptr, mask_ptr, total, keep, SIZE: tl.constexpr, GROUPS: tl.const
         lost += tl.where(j < place, rival >= x, (j != place) & ~(x >= rival)).to(tl.int32)
     tl.store(mask_ptr + at, tl.reshape((lost < keep).to(tl.uint8), [GROUPS * SIZE]), at < total)
 
-# %% ../../nbs/api/31_nm.ipynb #b0f123ba
+# %% ../../nbs/api/31_nm.ipynb #caea42ec
 @triton.jit(do_not_specialize=['keep'])
 def _mask_strided(x_ptr, mask_ptr, groups, keep, SIZE: tl.constexpr, GROUPS: tl.constexpr, MAGNITUDE: tl.constexpr):
     "Groups of any size: one group for each thread and turn."
@@ -48,7 +48,7 @@ def _mask_strided(x_ptr, mask_ptr, groups, keep, SIZE: tl.constexpr, GROUPS: tl.
             if i > j: lost += 1 - (xs[j] >= xs[i]).to(tl.int32)
         tl.store(mask_ptr + group * SIZE + j, (lost < keep).to(tl.uint8), group < groups)
 
-# %% ../../nbs/api/31_nm.ipynb #e0bb2334
+# %% ../../nbs/api/31_nm.ipynb #fda80492
 @triton.jit(do_not_specialize=['groups', 'keep'])
 def _mask_long(x_ptr, mask_ptr, groups, keep, SIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, MAGNITUDE: tl.constexpr):
     "Groups of any size up to WIDTH, of floats read as integers."
@@ -66,7 +66,7 @@ def _mask_long(x_ptr, mask_ptr, groups, keep, SIZE: tl.constexpr, WIDTH: tl.cons
     first = tl.cumsum(on.to(tl.int32), 1) <= room[:, None]
     tl.store(mask_ptr + at, (above | on & first).to(tl.uint8), here)
 
-# %% ../../nbs/api/31_nm.ipynb #748288ac
+# %% ../../nbs/api/31_nm.ipynb #583ec440
 LONGEST = 2**14                                                                 # members of a group
 
 def _launch_long(x: Tensor, mask: Tensor, keep: int, size: int, magnitude: bool) -> Tensor: # mask, written
@@ -92,7 +92,7 @@ def _check(x: Tensor, keep: int, size: int) -> None:
         raise TypeError(f"the N:M kernel takes float16, bfloat16, float32 or float64, not {x.dtype}: convert with .float()")
     if not (0 < size <= LONGEST and 0 <= keep <= size): raise ValueError(f"the N:M kernel keeps 0 to `of` in groups of 1 to {LONGEST}, not {keep} of {size}")
 
-# %% ../../nbs/api/31_nm.ipynb #583ec440
+# %% ../../nbs/api/31_nm.ipynb #1618d874
 def nm_keep_kernel(scores: Tensor, # (groups, size), size at most 16384; float16, bfloat16, float32 or float64
                    keep: int, # how many stay in every group
                    ) -> Tensor: # bool (groups, size): the `keep` largest of every row, ties to the first
@@ -108,7 +108,7 @@ def row_keep_kernel(scores: Tensor, # (groups, size)
 torch.library.impl('sparse_workbench::nm_keep', 'cuda', nm_keep_kernel)
 torch.library.impl('sparse_workbench::row_keep', 'cuda', row_keep_kernel)
 
-# %% ../../nbs/api/31_nm.ipynb #562af2bb
+# %% ../../nbs/api/31_nm.ipynb #58aef02e
 def nm_mask_magnitude(weight: Tensor, # (out, in), a float weight; `of` divides in
                       keep: int, # kept weights in a group
                       of: int, # neighbours in a group, along in

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .block import aligned, stamp
-from .linear import FORMATS, Kernel, Packed, pack, register, twin
+from .linear import FORMATS, Kernel, Packed, pack, register, sharded_here, twin
 from ..patterns import nm
 
 # %% ../../nbs/api/39_semi_structured.ipynb #a38e443c
@@ -69,13 +69,13 @@ _CONVERTED: Any = WeakIdKeyDictionary()
 
 def converted(values: Tensor, index: list[Tensor], shape: tuple[int, int]) -> dict[Any, Any]:
     "The weight in cuSPARSELt's own form, and the algorithm for every number of tokens seen."
-    kept, version = _CONVERTED.get(values), stamp(values, *index)
-    if kept is None or kept['version'] != version or kept['positions'] is not index[0]:
+    kept, version = _CONVERTED.get(values), [values.data_ptr(), *stamp(values, *index)]
+    if kept is None or kept['version'] != version or kept['positions'] is not index[0] or sharded_here():
         dense = FORMATS['2:4'].dense(values.detach(), index, shape)
         kept = _CONVERTED[values] = dict(version=version, positions=index[0], weight=torch._cslt_compress(dense))
     return kept
 
-# %% ../../nbs/api/39_semi_structured.ipynb #813c10c9
+# %% ../../nbs/api/39_semi_structured.ipynb #3bb6ec7f
 _ALGORITHMS: dict[tuple, int] = {}
 
 def algorithm(weight: Tensor, xt: Tensor, shape: tuple[int, int]) -> int: # weight in cuSPARSELt's form, xt (in, tokens)
@@ -84,7 +84,7 @@ def algorithm(weight: Tensor, xt: Tensor, shape: tuple[int, int]) -> int: # weig
     if key not in _ALGORITHMS: _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(weight, xt))
     return _ALGORITHMS[key]
 
-# %% ../../nbs/api/39_semi_structured.ipynb #98d8281c
+# %% ../../nbs/api/39_semi_structured.ipynb #59d7e97f
 def multiply(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     "y (tokens, out), column by column in memory."
     if not len(x): return x.new_empty(shape[0], 0).t()
@@ -92,7 +92,7 @@ def multiply(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, i
     y = torch._cslt_sparse_mm(weight, xt, None if bias is None else bias.contiguous(), alg_id=algorithm(weight, xt, shape))
     return y[:, :len(x)].t()
 
-# %% ../../nbs/api/39_semi_structured.ipynb #282dca37
+# %% ../../nbs/api/39_semi_structured.ipynb #6542da33
 def takes(values: Tensor) -> bool:
     "Layers whose sides are multiples of 32, where cuSPARSELt is there and tensor cores know 2:4: compute capability 8 on."
     out, inp, old = values.size(0), values.size(1) * 2, values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 0)
@@ -106,5 +106,6 @@ def grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], shap
     "Gradient of the values: the dense one at their places."
     return FORMATS['2:4'].take(dy.mT @ x, index, shape)  # type: ignore[misc]
 
-cusparselt_kernel = Kernel('2:4 cuSPARSELt', '2:4', multiply, grad_x, grad_values, 'cuda', (torch.float16, torch.bfloat16), takes=takes)
+cusparselt_kernel = Kernel('2:4 cuSPARSELt', '2:4', multiply, grad_x, grad_values, 'cuda', (torch.float16, torch.bfloat16), takes=takes,
+                           asks='sides that are multiples of 32, a PyTorch with cuSPARSELt and a chip of compute capability 8 on')
 register(cusparselt_kernel)

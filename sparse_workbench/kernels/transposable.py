@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..patterns import best_squares, squares
 
-# %% ../../nbs/api/27_transposable.ipynb #7faaf19f
+# %% ../../nbs/api/27_transposable.ipynb #8543d16a
 @triton.jit
 def _corner(t, across, stride, OF: tl.constexpr):
     "Where the squares `t` begin."
     return (t // across) * (OF * stride) + (t % across) * OF
 
-# %% ../../nbs/api/27_transposable.ipynb #3df3512d
+# %% ../../nbs/api/27_transposable.ipynb #9dd0ab4c
 @triton.jit
 def _float_at(word, c, TYPE: tl.constexpr):
     "The 16-bit float at place `c` of a word of four, as float32."
@@ -30,7 +30,7 @@ def _float_at(word, c, TYPE: tl.constexpr):
     else: x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return x
 
-# %% ../../nbs/api/27_transposable.ipynb #2f295532
+# %% ../../nbs/api/27_transposable.ipynb #79276342
 @triton.jit
 def _rows(x_ptr, at, here, stride, OF: tl.constexpr):
     "The OF × OF values of many squares, one tensor for each place."
@@ -43,7 +43,7 @@ def _rows(x_ptr, at, here, stride, OF: tl.constexpr):
             for c in tl.static_range(OF): xs = xs + (tl.load(x_ptr + at + r * stride + c, here, 0).to(tl.float32),)  # type: ignore[assignment]
     return xs
 
-# %% ../../nbs/api/27_transposable.ipynb #a6f8c418
+# %% ../../nbs/api/27_transposable.ipynb #53f91923
 @cache
 def tables(keep: int, of: int) -> tuple[tuple[int, ...], tuple[int, ...]]: # choices of a row as bits; masks as octal digits, the choice of the first row last
     "The legal masks as constants of a kernel."
@@ -51,7 +51,7 @@ def tables(keep: int, of: int) -> tuple[tuple[int, ...], tuple[int, ...]]: # cho
     choices = sorted({row for m in masks for row in m})
     return tuple(choices), tuple(sum(choices.index(row) << 3 * r for r, row in enumerate(m)) for m in masks)
 
-# %% ../../nbs/api/27_transposable.ipynb #a6d859d9
+# %% ../../nbs/api/27_transposable.ipynb #36067637
 @triton.jit
 def _choice_sums(xs, COMBOS: tl.constexpr, OF: tl.constexpr, MAGNITUDE: tl.constexpr):
     "What each choice of each row keeps: all choices of the first row, then all of the second."
@@ -64,7 +64,7 @@ def _choice_sums(xs, COMBOS: tl.constexpr, OF: tl.constexpr, MAGNITUDE: tl.const
             sums = sums + (total,)  # type: ignore[assignment]
     return sums
 
-# %% ../../nbs/api/27_transposable.ipynb #6e1d7eed
+# %% ../../nbs/api/27_transposable.ipynb #9c99f365
 @triton.jit
 def _best_code(sums, COMBOS: tl.constexpr, PATTERNS: tl.constexpr, OF: tl.constexpr):
     "The best of all legal masks of each square as bits, row after row, the first where several are best."
@@ -78,7 +78,7 @@ def _best_code(sums, COMBOS: tl.constexpr, PATTERNS: tl.constexpr, OF: tl.conste
         best, code = tl.where(better, total, best), tl.where(better, bits, code)
     return code
 
-# %% ../../nbs/api/27_transposable.ipynb #36672daa
+# %% ../../nbs/api/27_transposable.ipynb #9f6a17cf
 @triton.jit
 def _write_code(mask_ptr, at, here, stride, code, OF: tl.constexpr):
     "Write the bits of the squares that begin at `at` as bytes."
@@ -88,7 +88,7 @@ def _write_code(mask_ptr, at, here, stride, code, OF: tl.constexpr):
         else:
             for c in tl.static_range(OF): tl.store(mask_ptr + at + r * stride + c, ((row >> c) & 1).to(tl.uint8), here)
 
-# %% ../../nbs/api/27_transposable.ipynb #8ca990da
+# %% ../../nbs/api/27_transposable.ipynb #082d5233
 @triton.jit
 def _exact_kernel(x_ptr, mask_ptr, squares, across, stride, COMBOS: tl.constexpr, PATTERNS: tl.constexpr, OF: tl.constexpr, MAGNITUDE: tl.constexpr, SQUARES: tl.constexpr):
     "The best of all legal masks of each square, the first where several are best."
@@ -97,20 +97,20 @@ def _exact_kernel(x_ptr, mask_ptr, squares, across, stride, COMBOS: tl.constexpr
     sums = _choice_sums(_rows(x_ptr, at, here, stride, OF), COMBOS, OF, MAGNITUDE)
     _write_code(mask_ptr, at, here, stride, _best_code(sums, COMBOS, PATTERNS, OF), OF)
 
-# %% ../../nbs/api/27_transposable.ipynb #b0067796
+# %% ../../nbs/api/27_transposable.ipynb #1ef16032
 @triton.jit
 def _chance(x, u, v, heat, valid):
     "The probability that each is kept, at prices `u` of rows and `v` of columns."
     return tl.where(valid, tl.sigmoid(tl.maximum((x - u - v) / heat, -80.)), 0.)
 
-# %% ../../nbs/api/27_transposable.ipynb #0dfbca22
+# %% ../../nbs/api/27_transposable.ipynb #7f748394
 @triton.jit
 def _newton(p, keep, AXIS: tl.constexpr):
     "How much to raise the prices along AXIS, in units of the temperature."
     error, slope = tl.sum(p, AXIS, keep_dims=True) - keep, tl.sum(p * (1 - p), AXIS, keep_dims=True)
     return tl.minimum(tl.maximum(error / (slope + .1), -2.), 2.)
 
-# %% ../../nbs/api/27_transposable.ipynb #61128d51
+# %% ../../nbs/api/27_transposable.ipynb #a8aa4324
 @triton.jit
 def _prices(x, valid, keep, SIDE: tl.constexpr, SWEEPS: tl.constexpr):
     "Prices of the columns at which every row's choice of its best also fills every column, nearly: Newton steps at falling temperatures."
@@ -122,7 +122,7 @@ def _prices(x, valid, keep, SIDE: tl.constexpr, SWEEPS: tl.constexpr):
         heat = tl.maximum(heat * 0.8, 0.02)
     return v
 
-# %% ../../nbs/api/27_transposable.ipynb #2329e0f8
+# %% ../../nbs/api/27_transposable.ipynb #19ba7a7d
 @triton.jit
 def _row_best(y, valid, col, keep, SIDE: tl.constexpr):
     "The `keep` best of every row, as 0 and 1."
@@ -132,7 +132,7 @@ def _row_best(y, valid, col, keep, SIDE: tl.constexpr):
         lost += tl.where(k < col, rival >= y, rival > y).to(tl.int32)
     return tl.where(valid & (lost < keep), 1, 0)
 
-# %% ../../nbs/api/27_transposable.ipynb #790b033c
+# %% ../../nbs/api/27_transposable.ipynb #aba65ec5
 @triton.jit
 def _move(y, s, n, valid, row, col, keep):
     "The cheapest move; `n` is how many each column has."
@@ -144,7 +144,7 @@ def _move(y, s, n, valid, row, col, keep):
     this = (row == tl.argmax(gain, 1, keep_dims=True)) & (gain > float('-inf'))
     return tl.where(this & (col == to), 1, tl.where(this & (col == from_), 0, s))
 
-# %% ../../nbs/api/27_transposable.ipynb #2c05f3e3
+# %% ../../nbs/api/27_transposable.ipynb #0522999d
 @triton.jit
 def _repair(y, s, valid, row, col, keep):
     "Move choices from columns that have too many to columns that have too few, the cheapest first."
@@ -154,7 +154,7 @@ def _repair(y, s, valid, row, col, keep):
         n = tl.sum(s, 1, keep_dims=True)
     return s
 
-# %% ../../nbs/api/27_transposable.ipynb #70aedb10
+# %% ../../nbs/api/27_transposable.ipynb #73dcbf35
 @triton.jit
 def _swap(x, s, partner, col):
     "Each row exchanges two columns with its partner, where both together gain."
@@ -164,7 +164,7 @@ def _swap(x, s, partner, col):
     win = tl.max(get, 2, keep_dims=True) + tl.max(give, 2, keep_dims=True) > 1e-6
     return tl.where(win & (col == tl.argmax(get, 2, keep_dims=True)), 1, tl.where(win & (col == tl.argmax(give, 2, keep_dims=True)), 0, s))
 
-# %% ../../nbs/api/27_transposable.ipynb #0ca8d439
+# %% ../../nbs/api/27_transposable.ipynb #3112baea
 @triton.jit
 def _exchange(x, s, row, col, SIDE: tl.constexpr, ROUNDS: tl.constexpr):
     "Pairs of rows exchange two columns while both together gain."
@@ -175,7 +175,7 @@ def _exchange(x, s, row, col, SIDE: tl.constexpr, ROUNDS: tl.constexpr):
         going, turn = tl.max(tl.where(s != before, 1, 0)), turn + 1
     return s
 
-# %% ../../nbs/api/27_transposable.ipynb #0796b96a
+# %% ../../nbs/api/27_transposable.ipynb #bdd1df44
 @triton.jit(do_not_specialize=['keep'])
 def _search_kernel(x_ptr, mask_ptr, squares, across, stride, keep, OF: tl.constexpr, SIDE: tl.constexpr, MAGNITUDE: tl.constexpr,
                    SQUARES: tl.constexpr, SWEEPS: tl.constexpr, ROUNDS: tl.constexpr):
@@ -192,7 +192,7 @@ def _search_kernel(x_ptr, mask_ptr, squares, across, stride, keep, OF: tl.conste
     s = _repair(y, _row_best(y, valid, col, keep, SIDE), valid, row, col, keep)
     tl.store(mask_ptr + at, _exchange(x, s, row, col, SIDE, ROUNDS).to(tl.uint8), valid)
 
-# %% ../../nbs/api/27_transposable.ipynb #7ea7541a
+# %% ../../nbs/api/27_transposable.ipynb #99feceb9
 def _sizes(of: int, per_program: int | None = None, warps: int | None = None) -> tuple[int, int]:
     "Squares that a program takes, and its warps."
     if of <= 4: return per_program or 128, warps or 4
@@ -200,7 +200,7 @@ def _sizes(of: int, per_program: int | None = None, warps: int | None = None) ->
     own = per_program or max(1, 256 // cells)
     return own, warps or max(1, cells * own // 256)
 
-# %% ../../nbs/api/27_transposable.ipynb #68d07e9c
+# %% ../../nbs/api/27_transposable.ipynb #d9c18f2c
 def _launch(x: Tensor, # contiguous (rows, columns), cut into squares
             keep: int, of: int, magnitude: bool, per_program: int | None = None, warps: int | None = None) -> Tensor: # bool like x
     mask, n = torch.empty(x.shape, dtype=torch.bool, device=x.device), x.numel() // of**2
@@ -211,18 +211,18 @@ def _launch(x: Tensor, # contiguous (rows, columns), cut into squares
         elif n: _search_kernel[(triton.cdiv(n, own),)](*args, keep, of, triton.next_power_of_2(of), magnitude, own, 12, 8, num_warps=warps)
     return mask
 
-# %% ../../nbs/api/27_transposable.ipynb #4d2da296
+# %% ../../nbs/api/27_transposable.ipynb #ccba5983
 def _aligned(x: Tensor) -> Tensor: # contiguous, its first value at a multiple of 8 bytes
     "A tensor the kernels can read."
     x = x.contiguous()
     return x if x.data_ptr() % 8 == 0 else x.clone()
 
-# %% ../../nbs/api/27_transposable.ipynb #f8d933da
+# %% ../../nbs/api/27_transposable.ipynb #7d16a446
 def _check(x: Tensor, keep: int, of: int) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32): raise TypeError(f"the transposable kernels take float16, bfloat16 or float32, not {x.dtype}")
     if not 0 < keep < of <= 32: raise ValueError(f"the transposable kernels keep 1 to `of` - 1 in squares up to 32, not {keep} of {of}")
 
-# %% ../../nbs/api/27_transposable.ipynb #682bba1e
+# %% ../../nbs/api/27_transposable.ipynb #4de29208
 def square_keep_kernel(scores: Tensor, # (squares, of, of)
                        keep: int) -> Tensor: # bool (squares, of, of)
     "What `square_keep` computes, in one pass; float64, and squares beyond 32, go to its twin."
@@ -232,7 +232,7 @@ def square_keep_kernel(scores: Tensor, # (squares, of, of)
 
 torch.library.impl('sparse_workbench::square_keep', 'cuda', square_keep_kernel)
 
-# %% ../../nbs/api/27_transposable.ipynb #676ba679
+# %% ../../nbs/api/27_transposable.ipynb #75a8002a
 def transposable_mask_magnitude(weight: Tensor, # (out, in), float16, bfloat16 or float32; `of` divides both
                                 keep: int, # kept in each row and each column of a square
                                 of: int, # side of the square, at most 32
