@@ -1,19 +1,22 @@
 """What sparse training costs beside dense training: whole training steps of a small and of a 125-million-parameter decoder.
 
     python benchmarks/sparsifier.py                 on CUDA both models: bfloat16 autocast, compiled, fused AdamW
-    python benchmarks/sparsifier.py --device cpu --no-compile --steps 5     on a CPU the embedded model with 2,048 tokens
+    python benchmarks/sparsifier.py --device cpu --no-compile --steps 10    on a CPU the embedded model with 2,048 tokens
     python benchmarks/sparsifier.py --tiny          seconds on a CPU, to see that it runs; the numbers mean nothing
 
 Blocks of 100 steps of all kinds take turns on the same model; a kind's speed is its median block. `gmp` is gradual magnitude
 pruning with a new mask every 100 steps, `sr_ste` a new 2:4 mask and a dense weight beside it at every step. The peer keeps a
 mask and a dense weight in the module and multiplies in every forward pass (torch.nn.utils.prune); its mask never changes.
-With `gradient flow`, every tenth step is recorded: kept and pruned gradients, flips, updates, of every layer.
+With `gradient flow`, every tenth step is recorded: kept and pruned gradients, flips, updates, of every layer. To measure noise as well
+a step goes through its batch in parts, which is a kind of its own, so that only `micro()` and the record are compared with it.
+`record %` is the median, over the turns, of what a block costs more than the block of the same turn that is not recorded.
 """
 import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +47,19 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 class Trainer:
-    "A model with its optimizer and its (compiled) loss."
+    "A model with its optimizer and its (compiled) loss; a step takes its batch in parts."
     def __init__(self, model: nn.Module, compiled: bool):
         self.model, self.device = model, next(model.parameters()).device
         self.opt = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
         self.loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+        self.parts, self.after = 1, lambda: None
 
     def step(self, ids: Tensor) -> None:
-        self.loss(self.model, ids).backward()
+        parts = ids.chunk(self.parts)
+        for x in parts:
+            loss = self.loss(self.model, x)
+            (loss / len(parts) if len(parts) > 1 else loss).backward()
+            self.after()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)
@@ -64,14 +72,16 @@ def gmp(t: Trainer) -> Callable[[], object]:
     sp = Sparsifier(sites(t.model), sparsity=cubic(0, .9, 300), when=every(100)).attach(t.opt)
     return sp.detach
 
-def sr_ste_2_4(t: Trainer) -> Callable[[], object]:
+def sr_ste_2_4(t: Trainer, parts: int = 1) -> Callable[[], object]:
     "2:4 with SR-STE: a new mask every step."
+    t.parts = parts
     return Sparsifier(sites(t.model), pattern='2:4', flow=sr_ste(2e-4)).attach(t.opt).detach
 
-def recorded(t: Trainer) -> Callable[[], object]:
-    "The same, with a record of gradient flow at every tenth step."
+def recorded(t: Trainer, parts: int = 1) -> Callable[[], object]:
+    "The same, with a record of gradient flow at every tenth step, of its noise too when there are parts."
     sp = Sparsifier(sites(t.model), pattern='2:4', flow=sr_ste(2e-4)).attach(t.opt)
-    flow = GradientFlow(sp, every=10)
+    flow = GradientFlow(sp, every=EVERY)
+    t.parts, t.after = parts, flow.micro if parts > 1 else t.after
     return lambda: (flow.detach(), sp.detach())
 
 def masked(model: nn.Module) -> nn.Module:
@@ -80,7 +90,12 @@ def masked(model: nn.Module) -> nn.Module:
     return model
 
 
-KINDS: dict[str, Callable[[Trainer], Callable[[], object]]] = {'dense': dense, 'ours, gmp every 100': gmp, 'ours, sr_ste 2:4 every step': sr_ste_2_4, 'ours, sr_ste, gradient flow every 10': recorded}
+EVERY = 10 # GradientFlow's default
+SR_STE, IN_PARTS = 'ours, sr_ste 2:4 every step', 'ours, sr_ste, batch in 4 parts'
+KINDS: dict[str, Callable[[Trainer], Callable[[], object]]] = {
+    'dense': dense, 'ours, gmp every 100': gmp, SR_STE: sr_ste_2_4, f'ours, sr_ste, gradient flow every {EVERY}': recorded,
+    IN_PARTS: partial(sr_ste_2_4, parts=4), f'{IN_PARTS}, gradient flow and noise every {EVERY}': partial(recorded, parts=4)}
+BESIDE = {f'ours, sr_ste, gradient flow every {EVERY}': SR_STE, f'{IN_PARTS}, gradient flow and noise every {EVERY}': IN_PARTS} # recorded -> the same, not recorded
 
 
 def block(t: Trainer, kind: Callable, batches: list[Tensor], steps: int, device: str) -> float:
@@ -93,6 +108,7 @@ def block(t: Trainer, kind: Callable, batches: list[Tensor], steps: int, device:
     sync(device)
     seconds = (time.perf_counter() - start) / steps
     end()
+    t.parts, t.after = 1, lambda: None
     return seconds
 
 
@@ -109,6 +125,8 @@ def compare(name: str, config: LlamaConfig, size: int, length: int, a: argparse.
     for t in {id(t): t for t, _ in kinds.values()}.values(): t.step(batches[0])
     sync(a.device)
     print(f'{name}: ready after {time.perf_counter() - start:.0f} s', flush=True)
+    if a.device == 'cuda':
+        for t, kind in kinds.values(): block(t, kind, batches, EVERY, a.device) # compiles, loads every kernel
     times: dict[str, list[float]] = {k: [] for k in kinds}
     for _ in range(a.blocks):
         for k, (t, kind) in kinds.items(): times[k].append(block(t, kind, batches, a.steps, a.device))
@@ -116,7 +134,9 @@ def compare(name: str, config: LlamaConfig, size: int, length: int, a: argparse.
     shape = dict(model=name, **{'million parameters': sum(p.numel() for p in ours.model.parameters()) / 1e6}, tokens=size * length)
     def row(k: str, ts: list[float]) -> dict:
         m = statistics.median(ts)
-        return shape | dict(kind=k, **{'steps/s': 1 / m, 'ms a step': m * 1e3, 'over dense %': 100 * (m / base - 1), 'blocks ms': [round(x * 1e3, 2) for x in ts]})
+        more = {} if k.startswith(IN_PARTS) else {'over dense %': 100 * (m / base - 1)}
+        if k in BESIDE: more['record %'] = 100 * (statistics.median(x / y for x, y in zip(ts, times[BESIDE[k]])) - 1)
+        return shape | dict(kind=k, **{'steps/s': 1 / m, 'ms a step': m * 1e3}, **more, **{'blocks ms': [round(x * 1e3, 2) for x in ts]})
     return [row(k, ts) for k, ts in times.items()]
 
 
@@ -131,6 +151,7 @@ def main() -> None:
     p.add_argument('--tiny', action='store_true')
     p.add_argument('--out', help='folder of the JSON file (default: benchmarks/results)')
     a = p.parse_args()
+    if a.steps % EVERY: p.error(f'--steps {a.steps}: a block needs a multiple of {EVERY} steps, so that a tenth of them is recorded')
     torch.set_float32_matmul_precision('high')
     chosen = dict(tiny=TINY) if a.tiny else {n: MODELS[n] for n in a.models or (list(MODELS)[:2] if a.device == 'cuda' else list(MODELS)[2:])}
     rows, head = [], header(a.device, compiled=a.compile, steps=a.steps)

@@ -78,17 +78,19 @@ def sides(b: Bucket, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: # (sites
     bits(y).bitwise_xor_(bits(x))
     return kept, squares(parts(b, y))
 
-# %% ../nbs/api/62_gradient_flow.ipynb #94edcfb8
-def counted(ts: Sequence[Tensor]) -> Tensor: # (tensors,) float64
-    "How many entries of each bool tensor are True."
-    if not ts[0].is_cuda: return torch.stack([t.count_nonzero() for t in ts]).double()
-    return torch.stack(torch._foreach_norm([t.float() for t in ts], 1, torch.double)) # type: ignore[call-overload, arg-type]
+# %% ../nbs/api/62_gradient_flow.ipynb #f4aba64e
+def counted(b: Bucket, flat: Tensor) -> Tensor: # (sites,) float64
+    "How many entries of a flat bool tensor are True, site by site."
+    if not flat.is_cuda: return torch.stack([t.count_nonzero() for t in flat.split(b.sizes)]).double()
+    piece = math.gcd(4096, *b.sizes)
+    few = flat.view(len(flat) // piece, piece).sum(1, dtype=torch.float32) # at most 4096 each, so exact
+    return torch.stack(torch._foreach_norm(few.split([n // piece for n in b.sizes]), 1, torch.double)) # type: ignore[call-overload, arg-type]
 
 def size(b: Bucket, like: Tensor) -> Tensor: # (sites,)
     "Weights of each site, without a copy to the device."
     return torch.stack([torch.full_like(like[0], n) for n in b.sizes]) if len(like) else like
 
-# %% ../nbs/api/62_gradient_flow.ipynb #b0147f71
+# %% ../nbs/api/62_gradient_flow.ipynb #0473c280
 def gradient(b: Bucket) -> Tensor: # flat; zeros where there is none
     "The gradients of a bucket as they lie in the parameters; for one site alone not a copy."
     return join([torch.zeros_like(s.weight) if s.parameter.grad is None else s.of(s.parameter.grad) for s in b.sites])
@@ -100,7 +102,7 @@ def blank(b: Bucket, *xs: Tensor) -> tuple[Tensor, ...]:
             for x in xs: x[i] = math.nan
     return xs
 
-# %% ../nbs/api/62_gradient_flow.ipynb #feccff91
+# %% ../nbs/api/62_gradient_flow.ipynb #56427ea7
 def dead(b: Bucket, mask: Tensor) -> tuple[Tensor, Tensor]: # (sites,) float64 each: dead rows, unread inputs
     "Rows of the mask that are all zero, and columns (inputs, of a convolution with their whole kernels) that are."
     ms, found = parts(b, mask), dict[int, tuple[Tensor, Tensor]]()
@@ -111,7 +113,7 @@ def dead(b: Bucket, mask: Tensor) -> tuple[Tensor, Tensor]: # (sites,) float64 e
         found |= {i: (r, c) for i, r, c in zip(at, rows, ins)}
     return torch.stack([found[i][0] for i in range(len(ms))]).double(), torch.stack([found[i][1] for i in range(len(ms))]).double()
 
-# %% ../nbs/api/62_gradient_flow.ipynb #6cec620e
+# %% ../nbs/api/62_gradient_flow.ipynb #47232e68
 class Micro:
     "Squared deviations of the micro-batches of one step, for kept and pruned weights."
     def __init__(self, t: int): # step that they belong to
@@ -127,22 +129,22 @@ def dropped(m: Micro, sp: Sparsifier) -> bool:
     "Has a gradient of the last micro-batch gone, as after zero_grad()? One that only came, or stayed as it was, has not."
     return any(s.parameter.grad is None or s.parameter.grad is not m.grads[s.name]() for s in sp.sites if s.name in m.grads)
 
-# %% ../nbs/api/62_gradient_flow.ipynb #03a30cbf
+# %% ../nbs/api/62_gradient_flow.ipynb #b9711080
 def add_micro(m: Micro, sp: Sparsifier) -> None:
     "One more micro-batch has been added to the gradients."
     m.k, m.grads = m.k + 1, grads(sp)
     for i, b in enumerate(sp.buckets):
         g = gradient(b)
-        g = g.float() if g.element_size() < 4 else g
-        if m.k > 1:
-            d = sides(b, torch.add(g, m.sums[i], alpha=-m.k / (m.k - 1)), packed(b, 'mask'))
-            for total, x in zip(m.deviations[i], d): total.add_(x, alpha=(m.k - 1) / m.k)
-            m.sums[i].copy_(g)
-        else:
-            m.sums.append(g.clone())
+        g = g.float() if g.element_size() < 4 else g.clone() if len(b.sites) == 1 else g # a copy, which may be kept
+        if m.k == 1:
+            m.sums.append(g)
             m.deviations.append(tuple(torch.zeros(len(b.sites), dtype=torch.double, device=g.device) for _ in range(2))) # type: ignore[arg-type]
+            continue
+        d = sides(b, torch.add(g, m.sums[i], alpha=-m.k / (m.k - 1), out=m.sums[i]), packed(b, 'mask'))
+        for total, x in zip(m.deviations[i], d): total.add_(x, alpha=(m.k - 1) / m.k)
+        m.sums[i] = g
 
-# %% ../nbs/api/62_gradient_flow.ipynb #93f43712
+# %% ../nbs/api/62_gradient_flow.ipynb #22faff67
 def noise(m: Micro, i: int, b: Bucket, arrived: Tensor) -> tuple[Tensor, Tensor]: # (sites,) each, NaN with fewer than two micro-batches
     "Unbiased estimate of the summed variance of the step's gradient, K/(K−1) · Σ‖g(k) − mean‖², over kept and over pruned weights."
     if m.k < 2: return tuple(torch.full_like(arrived, math.nan) for _ in range(2)) # type: ignore[return-value]
@@ -150,7 +152,7 @@ def noise(m: Micro, i: int, b: Bucket, arrived: Tensor) -> tuple[Tensor, Tensor]
     scale = torch.where(summed > 0, arrived / summed, 1.) * (m.k / (m.k - 1))
     return m.deviations[i][0] * scale, m.deviations[i][1] * scale
 
-# %% ../nbs/api/62_gradient_flow.ipynb #ee7529cc
+# %% ../nbs/api/62_gradient_flow.ipynb #8e95e6b5
 def check_recorder(sp: Sparsifier, every: int, window: int) -> None:
     "ValueError that says what to give instead."
     if not isinstance(every, int) or every < 1: raise ValueError(f"every={every!r}: give the number of steps between records, 1 or more")
@@ -161,12 +163,13 @@ def due(r: 'GradientFlow') -> bool:
     "Is the step that begins now one to record? Never, once the sparsifier was detached."
     return r.sp.hooks is r.bound and (r.sp.t + 1) % r.every == 0
 
-# %% ../nbs/api/62_gradient_flow.ipynb #a85d5cd7
+# %% ../nbs/api/62_gradient_flow.ipynb #a15bc14a
 def begin(r: 'GradientFlow') -> None:
     "Remember the masks as they are now: the start of recording."
     now = [packed(b, 'mask') for b in r.sp.buckets]
     r.first, r.before, r.explored = now, list(now), [m.clone() for m in now]
     r.last = [torch.full(m.shape, -2**30, dtype=torch.int32, device=m.device) for m in now]
+    r.sizes = [size(b, torch.zeros(len(b.sites), dtype=torch.double, device=m.device)) for b, m in zip(r.sp.buckets, now)]
 
 def begin_late(r: 'GradientFlow') -> None:
     "Begin at the first step, and once more when the sparsifier was set to another step before there is a record."
@@ -174,7 +177,7 @@ def begin_late(r: 'GradientFlow') -> None:
     if bound and not r.steps and not r.restored and not r.seen <= t <= r.seen + 1: begin(r)
     r.seen = t
 
-# %% ../nbs/api/62_gradient_flow.ipynb #903724d1
+# %% ../nbs/api/62_gradient_flow.ipynb #ff08dcf3
 def arrive(r: 'GradientFlow') -> None:
     "The dense gradient at the seen weight; a step that is tried again with the gradients it had is not measured twice."
     sp = r.sp
@@ -186,11 +189,11 @@ def arrive(r: 'GradientFlow') -> None:
     for i, b in enumerate(sp.buckets):
         kept, pruned = sides(b, gradient(b), packed(b, 'mask'))
         loud, quiet = noise(m, i, b, kept + pruned)
-        n = counted(parts(b, packed(b, 'mask')))
+        n = counted(b, packed(b, 'mask'))
         names = ('grad_kept', 'grad_pruned', 'noise_kept', 'noise_pruned', 'n_kept', 'n_pruned')
-        r.row.append(dict(zip(names, blank(b, kept, pruned, loud, quiet, n, size(b, n) - n))))
+        r.row.append(dict(zip(names, blank(b, kept, pruned, loud, quiet, n, r.sizes[i] - n))))
 
-# %% ../nbs/api/62_gradient_flow.ipynb #66f851d1
+# %% ../nbs/api/62_gradient_flow.ipynb #4cacf84a
 def passed(r: 'GradientFlow') -> None:
     "What the flow lets through, and the weight as the optimizer finds it."
     if not r.row or not r.sp.inside or 'theta' in r.row[0]: return
@@ -205,21 +208,21 @@ def moved(r: 'GradientFlow') -> None:
     for b, row, held in zip(r.sp.buckets, r.row, r.held): row['moved'] = squares(parts(b, held.sub_(join([s.weight for s in b.sites]))))
     r.held = []
 
-# %% ../nbs/api/62_gradient_flow.ipynb #587f4407
+# %% ../nbs/api/62_gradient_flow.ipynb #28093281
 def changed(r: 'GradientFlow', sp: Sparsifier, old: Sequence[Tensor]) -> None:
     "The sparsifier has chosen new masks: a listener of its changes."
     if sp.hooks is not r.bound: return
     r.flips = []
     for i, (b, flip) in enumerate(zip(sp.buckets, flipped(sp, old))):
-        if sp.t % r.every == 0: r.flips.append((counted(parts(b, flip)), counted(parts(b, flip & (r.last[i] >= sp.t - r.window)))))
+        if sp.t % r.every == 0: r.flips.append((counted(b, flip), counted(b, flip & (r.last[i] >= sp.t - r.window))))
         r.explored[i].logical_or_(packed(b, 'mask'))
         r.last[i].masked_fill_(flip, sp.t)
 
 def compared(b: Bucket, now: Tensor, then: Tensor) -> Tensor: # (sites,)
     "Entries in which two masks differ; nothing is computed for one and the same."
-    return torch.zeros(len(b.sites), dtype=torch.double, device=now.device) if now is then else counted(parts(b, now ^ then))
+    return torch.zeros(len(b.sites), dtype=torch.double, device=now.device) if now is then else counted(b, now ^ then)
 
-# %% ../nbs/api/62_gradient_flow.ipynb #cee7b060
+# %% ../nbs/api/62_gradient_flow.ipynb #2a163ddc
 def settled(r: 'GradientFlow') -> None:
     "The step is over and the masks stand: close the record."
     row, flips, r.row, r.flips = r.row, r.flips, [], []
@@ -228,10 +231,10 @@ def settled(r: 'GradientFlow') -> None:
         now = packed(b, 'mask')
         same = torch.zeros(len(b.sites), dtype=torch.double, device=now.device)
         x['flips'], x['oscillating'] = flips[i] if flips else (same, same)
-        x['sad'], x['initial'], x['explored'] = compared(b, now, r.before[i]), compared(b, now, r.first[i]), counted(parts(b, r.explored[i]))
+        x['sad'], x['initial'], x['explored'] = compared(b, now, r.before[i]), compared(b, now, r.first[i]), counted(b, r.explored[i])
         x['dead_rows'], x['unread_inputs'] = dead(b, now)
-        x['n'] = size(b, same)
-        x['zeros'] = x['n'] - counted(parts(b, now))
+        x['n'] = r.sizes[i]
+        x['zeros'] = x['n'] - counted(b, now)
         r.before[i] = now
     while r.steps and r.steps[-1] >= r.sp.t: # training was set back to an earlier checkpoint
         r.steps.pop(), r.records.pop()
@@ -239,7 +242,7 @@ def settled(r: 'GradientFlow') -> None:
     one = [torch.stack([x[k] for k in SUMS]) for x in row]
     r.records.append(torch.cat([x.to(one[0].device, non_blocking=True) for x in one], 1))
 
-# %% ../nbs/api/62_gradient_flow.ipynb #1aafb282
+# %% ../nbs/api/62_gradient_flow.ipynb #ac9b9bff
 def quietly(f: Callable[['GradientFlow'], None], r: 'GradientFlow') -> None:
     "Without autograd."
     with torch.no_grad(): f(r)
@@ -254,14 +257,14 @@ def after_first(closure: Callable[[], Any], look: Callable[[], None]) -> Callabl
         return out
     return run
 
-# %% ../nbs/api/62_gradient_flow.ipynb #41b81a02
+# %% ../nbs/api/62_gradient_flow.ipynb #1644bceb
 def inside_step(args: tuple, kwargs: dict, look: Callable[[], None]):
     "A step_pre_hook: look now, or inside the closure; args[0] is the optimizer."
     if len(args) > 1 and args[1] is not None: return (args[0], after_first(args[1], look), *args[2:]), kwargs
     if kwargs.get('closure') is not None: return args, {**kwargs, 'closure': after_first(kwargs['closure'], look)}
     with torch.no_grad(): look()
 
-# %% ../nbs/api/62_gradient_flow.ipynb #9850a4ef
+# %% ../nbs/api/62_gradient_flow.ipynb #992b9f3b
 def watch(r: 'GradientFlow') -> tuple[list[Any], Callable[[Sparsifier, list], None]]: # hooks, listener
     "Remember the masks, and hook into the optimizer on both sides of the sparsifier's own hooks."
     begin(r)
@@ -274,7 +277,7 @@ def watch(r: 'GradientFlow') -> tuple[list[Any], Callable[[Sparsifier, list], No
     r.sp.listeners.append(listener)
     return [*early, *late], listener
 
-# %% ../nbs/api/62_gradient_flow.ipynb #862f136d
+# %% ../nbs/api/62_gradient_flow.ipynb #b2dec232
 def micro(r: 'GradientFlow') -> None:
     """Count what was added to the gradients since the last call; free on steps that are not recorded. Takes room for one dense gradient.
     Under DDP leave it out: the last backward of a step also averages over processes, so what it adds is not one micro-batch's gradient.
@@ -283,7 +286,7 @@ def micro(r: 'GradientFlow') -> None:
     if r.micros.t != r.sp.t or dropped(r.micros, r.sp): r.micros = Micro(r.sp.t)
     with torch.no_grad(): add_micro(r.micros, r.sp)
 
-# %% ../nbs/api/62_gradient_flow.ipynb #0f7dc435
+# %% ../nbs/api/62_gradient_flow.ipynb #9165ec84
 def detach(r: 'GradientFlow') -> 'GradientFlow':
     "Unhook from optimizer and sparsifier, free what only recording needs; the records stay readable."
     for h in r.hooks: h.remove()
@@ -291,7 +294,7 @@ def detach(r: 'GradientFlow') -> 'GradientFlow':
     r.hooks, r.row, r.held, r.micros, r.bound = [], [], [], Micro(-1), []
     return r
 
-# %% ../nbs/api/62_gradient_flow.ipynb #bac3555d
+# %% ../nbs/api/62_gradient_flow.ipynb #55b23a0b
 class GradientFlow:
     """Records how gradient flows through the masks of an attached sparsifier, at every `every`-th step: `MEASURES` says what, how and after whom.
     Changes nothing in the training. Costs 5 to 8 bytes a weight. Of a sharded weight it sees what lies on this process."""
@@ -302,7 +305,7 @@ class GradientFlow:
         self.sp, self.every, self.window, self.bound, self.sites = sp, every, window, sp.hooks, [s.name for s in sp.sites]
         self.steps, self.records, self.at, self.buckets, self.micros = list[int](), list[Tensor](), -1, sp.buckets, Micro(-1) # a record is (SUMS, sites)
         self.row, self.held, self.flips = list[dict[str, Tensor]](), list[Tensor](), list[tuple[Tensor, Tensor]]() # of the step that is being recorded
-        self.first, self.before, self.explored, self.last = (list[Tensor]() for _ in range(4)) # masks and the like, one for each bucket
+        self.first, self.before, self.explored, self.last, self.sizes = (list[Tensor]() for _ in range(5)) # masks and the like, one for each bucket
         self.seen, self.restored = -2, False # the last step that began, and whether a state was loaded
         self.hooks, self.listener = watch(self)
     def micro(self) -> None: micro(self) # call after each micro-batch's backward, the last one too, to have noise measured
@@ -317,7 +320,7 @@ class GradientFlow:
     def __repr__(self): return f"GradientFlow({len(self.sites)} sites, {len(self.steps)} records" + (f", steps {self.steps[0]} to {self.steps[-1]})" if self.steps else ")")
     def _repr_html_(self): return html(self)
 
-# %% ../nbs/api/62_gradient_flow.ipynb #753af67e
+# %% ../nbs/api/62_gradient_flow.ipynb #7975de1c
 def sums(r: GradientFlow) -> Tensor: # (records, SUMS, sites) float64, on the CPU
     "Everything recorded so far."
     late = [i for i, x in enumerate(r.records) if x.device.type != 'cpu']
@@ -332,14 +335,14 @@ def measures(r: GradientFlow, total: bool = False) -> dict[str, Tensor]: # name 
     out = derive(dict(zip(SUMS, x.unbind(1))))
     return out | dict(effective=out['grad_kept'] / out['grad_kept'].nansum(1, keepdim=True))
 
-# %% ../nbs/api/62_gradient_flow.ipynb #e48e8e58
+# %% ../nbs/api/62_gradient_flow.ipynb #5389d260
 def rows(r: GradientFlow, total: bool = False) -> list[dict[str, Any]]:
     "Flat rows: step, site, name, value, unit; what is not known has no row."
     table = {n: v.tolist() for n, v in measures(r, total).items()}
     return [dict(step=t, site=s, name=n, value=v, unit=MEASURES[n][0]) for i, t in enumerate(r.steps)
             for j, s in enumerate(['all'] if total else r.sites) for n in MEASURES if math.isfinite(v := table[n][i][j])]
 
-# %% ../nbs/api/62_gradient_flow.ipynb #637a464b
+# %% ../nbs/api/62_gradient_flow.ipynb #5a6bab3b
 def check_names(r: GradientFlow, names: Sequence[str]) -> None:
     "ValueError when there is no record at all, no such measure, or no noise for lack of micro-batches."
     from difflib import get_close_matches
@@ -355,14 +358,14 @@ def has_noise(r: GradientFlow) -> bool:
     "Was noise measured in any record?"
     return not bool(sums(r)[:, SUMS.index('noise_kept')].isnan().all())
 
-# %% ../nbs/api/62_gradient_flow.ipynb #64806b89
+# %% ../nbs/api/62_gradient_flow.ipynb #e29404a6
 def frame(r: GradientFlow, names: Sequence[str]): # pandas DataFrame
     "The rows of some measures, or of all."
     import pandas as pd
     if names: check_names(r, names)
     return pd.DataFrame([x for x in rows(r) if not names or x['name'] in names], columns=['step', 'site', 'name', 'value', 'unit'])
 
-# %% ../nbs/api/62_gradient_flow.ipynb #31b3ca4b
+# %% ../nbs/api/62_gradient_flow.ipynb #8929257e
 LABELS = dict(grad_kept='arrives, kept', grad_pruned='arrives, pruned', through_kept='passes, kept', through_pruned='passes, pruned', noise_kept='noise, kept',
               noise_pruned='noise, pruned', variance_kept='noise of a kept weight', variance_pruned='noise of a pruned weight', flip_rate='flipped in the step', sad_normalised='since the record before',
               initial_flip_rate='since the start', cosine='cosine of masked and dense gradient', effective='share of gradient flow')
@@ -371,7 +374,7 @@ def label(name: str) -> str:
     "A measure in words."
     return LABELS.get(name, name.replace('_', ' '))
 
-# %% ../nbs/api/62_gradient_flow.ipynb #4ff95317
+# %% ../nbs/api/62_gradient_flow.ipynb #18d4d1b2
 def tidy(ax) -> None:
     "No frame on two sides, text of the size of a caption."
     ax.spines[['top', 'right']].set_visible(False)
@@ -388,7 +391,7 @@ def log_axis(ax, vs: Sequence[Tensor]) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/api/62_gradient_flow.ipynb #8929257e
+# %% ../nbs/api/62_gradient_flow.ipynb #2d947b87
 def lines(ax, steps: Sequence[int], values: Mapping[str, Tensor], unit: str, log: bool) -> None:
     "Measures over time; kept and pruned by colour, what passes dashed."
     def style(n: str, i: int) -> dict[str, Any]:
@@ -404,7 +407,7 @@ def lines(ax, steps: Sequence[int], values: Mapping[str, Tensor], unit: str, log
     tidy(ax)
     ax.legend(frameon=False, fontsize=7, ncols=2, loc='lower left', bbox_to_anchor=(-.02, 1), borderaxespad=.2, handlelength=1.8, columnspacing=1)
 
-# %% ../nbs/api/62_gradient_flow.ipynb #5bab57de
+# %% ../nbs/api/62_gradient_flow.ipynb #3950d976
 def heat_map(ax, r: GradientFlow, name: str) -> None:
     "One measure, sites from the first (above) to the last, over recorded steps."
     v = measures(r)[name].T
@@ -421,7 +424,7 @@ def short(name: str, most: int = 26) -> str:
     name = name.removesuffix('.weight')
     return name if len(name) <= most else '…' + name[1 - most:]
 
-# %% ../nbs/api/62_gradient_flow.ipynb #9141a83d
+# %% ../nbs/api/62_gradient_flow.ipynb #179cabfc
 def plot(r: GradientFlow, heat: str = 'effective'): # matplotlib figure
     "A map of one measure over depth and time, gradient norms, changes of the masks, and noise where micro-batches were counted."
     from matplotlib.figure import Figure
@@ -437,7 +440,7 @@ def plot(r: GradientFlow, heat: str = 'effective'): # matplotlib figure
     else: lines(axes[1, 1], r.steps, pick('update_ratio'), 'update / weight (ratio)', True)
     return fig
 
-# %% ../nbs/api/62_gradient_flow.ipynb #3950d976
+# %% ../nbs/api/62_gradient_flow.ipynb #e5ee370b
 def compare(runs: Mapping[str, GradientFlow], # label -> recorder
             names: Sequence[str] = ('through_pruned', 'variance_pruned', 'flip_rate')): # matplotlib figure
     "One chart for each measure, over all sites, with a line for each run."
@@ -455,21 +458,21 @@ def compare(runs: Mapping[str, GradientFlow], # label -> recorder
     fig.legend(*ax.get_legend_handles_labels(), loc='outside upper left', ncols=min(6, len(runs)), frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/api/62_gradient_flow.ipynb #179cabfc
+# %% ../nbs/api/62_gradient_flow.ipynb #021b3408
 def html(r: GradientFlow) -> str:
     "The figure, for notebooks; a sentence before there is anything to draw."
     from base64 import b64encode
     if not r.steps: return f'<p>{r!r}: nothing is recorded yet</p>'
     return f'<p>{r!r}</p><img alt="gradient flow" style="max-width:100%" src="data:image/png;base64,{b64encode(png(r.plot().axes[0])).decode()}">'
 
-# %% ../nbs/api/62_gradient_flow.ipynb #f3e9ccc5
+# %% ../nbs/api/62_gradient_flow.ipynb #8e938e5c
 def state_dict(r: GradientFlow) -> dict[str, Any]:
     "Everything that a resumed recorder needs: tensors and plain values only."
     flat = dict(first=r.first, before=r.before, explored=r.explored, last=r.last)
     masks = {s.name: {k: parts(b, x[i])[j].clone() for k, x in flat.items()} for i, b in enumerate(r.buckets) for j, s in enumerate(b.sites)}
     return dict(sites=list(r.sites), sums=list(SUMS), steps=list(r.steps), records=sums(r), masks=masks)
 
-# %% ../nbs/api/62_gradient_flow.ipynb #42008a68
+# %% ../nbs/api/62_gradient_flow.ipynb #16530d2c
 def load_state_dict(r: GradientFlow, state: Mapping[str, Any]) -> None:
     "Restore `state_dict`; ValueError, before anything changes, when it belongs to other sites or another version."
     if odd := set(state['sites']) ^ set(r.sites): raise ValueError(f"the records are of other sites; only one side has {', '.join(sorted(odd)[:5])}")

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_waiting import Asked
 from torch import Tensor, nn
 
 from sparse_workbench import gradient_flow, recipes
@@ -17,7 +18,7 @@ from sparse_workbench.patterns import nm
 from sparse_workbench.rules import drop_grow, keep_best
 from sparse_workbench.schedules import cubic, every
 from sparse_workbench.scores import random
-from sparse_workbench.sparsifier import Sparsifier, record
+from sparse_workbench.sparsifier import Bucket, Sparsifier, record
 from sparse_workbench.testing import convnet, mlp, seeded, tiny_gpt2
 
 SGD, ADAMW = partial(torch.optim.SGD, lr=.2, momentum=.9), partial(torch.optim.AdamW, lr=1e-2)
@@ -175,12 +176,28 @@ def test_small_pruned_side_is_not_lost():
     assert float(gradient_flow.sides(b, x, torch.ones(4096, dtype=torch.bool))[1]) == 0
 
 
-def test_counting_by_norm_as_on_a_gpu(monkeypatch):
-    "The branch for GPUs computes the same, also where float32 could not count on."
+@pytest.mark.parametrize('sizes', [(1,), (17, 5000), (24, 0, 96), (4096, 8192), (0,)], ids=str)
+def test_counting_by_norm_as_on_a_gpu(sizes):
+    "The branch for GPUs computes the same, also where sites have no common length but one, or lie on another process."
     class Gpu(torch.Tensor):
         is_cuda = True
-    ts = [torch.rand(n) < .5 for n in (1, 17, 5000)]
-    assert torch.equal(gradient_flow.counted([t.as_subclass(Gpu) for t in ts]).as_subclass(Tensor), gradient_flow.counted(ts))
+    b, flat = Bucket([], list(sizes)), torch.rand(sum(sizes)) < .5
+    want = torch.stack([x.sum() for x in flat.split(sizes)]).double()
+    assert torch.equal(gradient_flow.counted(b, flat), want)
+    assert torch.equal(gradient_flow.counted(b, flat.as_subclass(Gpu)).as_subclass(Tensor), want)
+
+
+@pytest.mark.parametrize('noisy', [False, True])
+@pytest.mark.parametrize('flow', FLOWS)
+def test_a_recorded_step_asks_for_no_value(flow, noisy):
+    "On a GPU that would mean waiting; what is asked is what the sparsifier asks by itself."
+    def asked(watch: bool) -> list[str]:
+        model, opt, sp = made(**FLOWS[flow]())
+        r = GradientFlow(sp, every=1) if watch else None
+        with Asked() as mode: train(model, opt, sp, 4, r if noisy else None)
+        assert r is None or r.steps == [1, 2, 3, 4]
+        return mode.names
+    assert asked(True) == asked(False)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------

@@ -19,13 +19,14 @@ from sparse_workbench.testing import assert_same, mlp, seeded
 
 STEPS = 12
 METHODS: dict[str, dict] = dict( # recipe, arguments, optimizer, surgery
-    mask_decay={}, structure_decay=dict(pattern='1:4'), s_ste={}, masked_decay=dict(frequency=3), step=dict(make=partial(StepAdam, latest=6)), asp=dict(multiples=(1, 1)),
+    ste={}, sr_ste=dict(decay=.05), mask_decay={}, exact=dict(recipe='mask_decay', kind='linear', backward='exact'), structure_decay=dict(pattern='1:4'),
+    geometric=dict(recipe='structure_decay', kind='geometric', pattern='1:2'), s_ste={}, masked_decay=dict(frequency=3), step=dict(make=partial(StepAdam, latest=6)), asp=dict(multiples=(1, 1)),
     ast=dict(make=MaskedAdam, frequency=2), cast=dict(make=MaskedAdam, frequency=2, decay=.05), boosted=dict(recipe='ast', frequency=2, surgery=partial(add_low_rank, k=4)),
     scaled=dict(recipe='cast', make=MaskedAdam, frequency=2, decay=.05, surgery=add_scales), bdwp={}, sampled=dict(recipe='s_ste', gradients='mvue'))
 
 
-def network(kind: str, surgery: Callable) -> tuple[nn.Module, nn.Module]: # the bare model, and what is called
-    model = mlp()
+def network(kind: str, surgery: Callable, sizes: tuple[int, ...] = (16, 32, 24, 8)) -> tuple[nn.Module, nn.Module]: # the bare model, and what is called
+    model = mlp(sizes)
     surgery(model)
     if dist.is_initialized() and kind == 'ddp': return model, nn.parallel.DistributedDataParallel(model)
     if dist.is_initialized() and kind == 'fsdp':
@@ -51,15 +52,23 @@ def job(kind: str, name: str) -> dict[str, Tensor]:
     return whole(dict(model.state_dict())) | {f'{n} ({k})': state[n][k] for n in state for k in ('mask', 'latent') if k in state[n]}
 
 
-def refused() -> dict[str, str]:
-    model, _ = network('fsdp', lambda m: None)
-    try: recipes.bdwp(model, torch.optim.SGD(model.parameters(), .1))
-    except ValueError as e: return dict(error=str(e))
+REFUSED: dict[str, tuple[tuple[int, ...], str]] = dict( # recipe -> sizes of the layers, what it says under FSDP2
+    bdwp=((16, 32, 8), '0.weight is sharded, and a second mask needs the whole dense weight on every rank: train with DistributedDataParallel'),
+    masked_decay=((16, 12, 8), '0.weight is sharded as (Shard(dim=0),) and transposable(2, 4): keeps 2 of 4 along in and out compares across shards')) # six rows on a rank are a square and a half
+
+
+def refused(name: str) -> dict[str, str]:
+    model, _ = network('fsdp', lambda m: None, REFUSED[name][0])
+    before = whole(dict(model.state_dict()))
+    try: recipes.REGISTER[name]['recipe'](model, torch.optim.SGD(model.parameters(), .1), total_steps=STEPS)
+    except ValueError as e:
+        assert_same(before, whole(dict(model.state_dict())))
+        return dict(error=str(e))
     return dict(error='nothing was refused')
 
 
 SAMPLED = ['ddp sampled', 'fsdp sampled'] # draws of their own on every rank
-NAMES = [*(f'ddp {m}' for m in METHODS), *(f'fsdp {m}' for m in METHODS if m not in ('bdwp', 'masked_decay'))] # a square of 4 × 4 may lie on two ranks
+NAMES = [*(f'ddp {m}' for m in METHODS), *(f'fsdp {m}' for m in METHODS if m != 'bdwp')]
 NAMES = [n for n in NAMES if n not in SAMPLED]
 
 
@@ -72,7 +81,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         for n in NAMES + SAMPLED:
             torch.manual_seed(rank)
             torch.save(job(*n.split()), f'{folder}/{n} {rank}.pt')
-        torch.save(refused(), f'{folder}/refused {rank}.pt')
+        for n in REFUSED: torch.save(refused(n), f'{folder}/refused {n} {rank}.pt')
         dist.barrier()
     finally: dist.destroy_process_group()
 
@@ -113,7 +122,6 @@ def test_sampled_gradients_of_shards(two):
     assert any(not torch.equal(v, w) for v, w in zip(whole_.values(), job('ddp', 'sampled').values()))
 
 
-def test_a_second_mask_needs_whole_weights(two):
-    for r in range(2):
-        said = torch.load(two / f'refused {r}.pt', weights_only=True)['error']
-        assert '0.weight is sharded, and a second mask needs the whole dense weight on every rank: train with DistributedDataParallel' in said
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_needs_more_than_the_rows_of_a_rank_says_so(two, name):
+    for r in range(2): assert REFUSED[name][1] in torch.load(two / f'refused {name} {r}.pt', weights_only=True)['error']

@@ -1,9 +1,11 @@
 """N:M training against its published equations: golden values, ten optimizer steps written out in float64, both readings where paper and code disagree."""
+import copy
 import inspect
 import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sparse_workbench import flows, recipes, schedules
 from sparse_workbench.core import Site, sites
 from sparse_workbench.distill import SHARES, distilled, squarehead, teacher_of
 from sparse_workbench.flows import least_variance, mvue, s_ste, soft_threshold, two_draws
+from sparse_workbench.loop import fit, shuffled
 from sparse_workbench.optimizers import MaskedAdam, StepAdam, l1_after, pull_after, pull_as_scripted
 from sparse_workbench.patterns import Pattern, block, masks, nm, pattern, per_row, transposable, unstructured
 from sparse_workbench.products import mvue_of, reroute
@@ -679,6 +682,63 @@ def test_left_over_tokens_are_sampled_without_bias(tokens):
     with seeded(): draws = torch.stack([sample(dy) for _ in range(3000)])
     assert draws.shape[1:] == dy.shape and draws.ne(0).sum(1).max() <= tokens // 4 * 2 + min(tokens % 4, 2)
     assert float(((draws.mean(0) - dy).abs() / (draws.std(0) / 3000**.5 + 1e-9)).max()) < 5
+
+
+def sampling(name: str) -> tuple:
+    "A sampled training that has just begun."
+    model, opt, sp, _ = made(name, torch.optim.AdamW, total=12, gradients='mvue')
+    return model, opt, sp
+
+
+@pytest.mark.parametrize('name', ['s_ste', 'masked_decay'])
+def test_a_resumed_training_draws_the_samples_that_were_next(name, tmp_path):
+    "Samples come from the global generator of the device, whose state is in every checkpoint of fit."
+    x = torch.cat([data(t) for t in range(3)])
+    def run(folder: Path | None, seed: int = 0, **how) -> dict[str, Tensor]:
+        model, opt, sp = sampling(name)
+        torch.manual_seed(seed)
+        fit(model, opt, lambda m, b: error(m(b[0]), b[0]), shuffled(x, batch=32), 12, sparsifier=sp, every=5, checkpoint=folder, **how)
+        return snapshot((model, opt, sp, None))
+    straight = run(None)
+    run(tmp_path, stop=lambda rows: True)
+    assert [f.name for f in tmp_path.iterdir()] == ['step-0000000005.pt']
+    assert_same(straight, run(tmp_path, seed=99))
+    with pytest.raises(AssertionError, match='differs'): assert_same(straight, run(None, seed=99))
+
+
+def test_a_loop_of_ones_own_keeps_the_generator_beside_the_states():
+    "The states of model, optimizer and sparsifier do not hold the generator, which belongs to the process."
+    def go(run: tuple, steps: range) -> None:
+        model, opt, _ = run
+        for t in steps:
+            error(model(data(t)), data(t)).backward()
+            opt.step()
+            opt.zero_grad()
+    straight, first, right, wrong = (sampling('s_ste') for _ in range(4))
+    torch.manual_seed(0)
+    go(straight, range(8))
+    torch.manual_seed(0)
+    go(first, range(4))
+    states, stood = copy.deepcopy([x.state_dict() for x in first]), torch.get_rng_state()
+    for run, generator in (right, stood), (wrong, None):
+        torch.manual_seed(99)
+        for x, state in zip(run, states): x.load_state_dict(state)
+        if generator is not None: torch.set_rng_state(generator)
+        go(run, range(4, 8))
+    assert_same(snapshot((*straight, None)), snapshot((*right, None)))
+    with pytest.raises(AssertionError, match='differs'): assert_same(snapshot((*straight, None)), snapshot((*wrong, None)))
+
+
+def test_the_least_variance_can_be_trained_with():
+    "A probability of one's own goes to the layers by `reroute`; the weight gradient has no bias and less variance than S-STE's two draws."
+    def draws(sample: Callable[[Tensor], Tensor] | None, n: int) -> Tensor:
+        model, opt, sp, loss = made('ste')
+        if sample: reroute(sp.sites, None, sample)
+        with seeded(): return torch.stack([torch.autograd.grad(loss(0), model[0].weight)[0] for _ in range(n)])
+    want, n = draws(None, 1)[0], 400
+    least, two = draws(partial(mvue, keep=2, of=4, probability=partial(least_variance, keep=2)), n), draws(mvue_of(), n)
+    for g in (least, two): assert float(((g.mean(0) - want).abs() / (g.std(0) / n**.5 + 1e-12)).max()) < 5
+    assert least.var(0).sum() < .98 * two.var(0).sum()
 
 
 # Teachers, scales, low-rank helpers
