@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from common import collect, header, median_seconds, parser
 
-from sparse_workbench.kernels.block import few_kernel
+from sparse_workbench.kernels.block import block_kernel, few_kernel
 from sparse_workbench.kernels.linear import Kernel, Packed, choose, pack, unpack
 
 if torch.cuda.is_available(): import sparse_workbench.kernels.hopper  # noqa: F401  registers the kernels, and those of Triton
@@ -45,9 +45,9 @@ def packed(sparsity: float, block: tuple[int, int], shape: tuple[int, int], devi
 
 
 def ours(values: torch.Tensor, tokens: int) -> list[Kernel]:
-    "The kernel of the table for this weight, and the one for few tokens where it takes them."
-    few = few_kernel.device == values.device.type and values.dtype in few_kernel.dtypes and tokens <= few_kernel.most and few_kernel.takes(values)
-    return [choose('block', values, tokens), *[few_kernel] * few]
+    "The kernel of the table for this weight, and the general one where the table has one for few tokens."
+    chosen = choose('block', values, tokens)
+    return [chosen, *[block_kernel] * (chosen is few_kernel)]
 
 
 def products(p: Packed, x: torch.Tensor, dy: torch.Tensor, backward: bool) -> dict[str, dict[str, Callable]]:

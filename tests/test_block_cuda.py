@@ -92,8 +92,8 @@ def test_compiled_autocast_and_captured():
 
 
 def test_few_tokens_on_hopper():
-    from sparse_workbench.kernels.block import _few, few_agrees, few_forward, few_kernel, ranked
-    from sparse_workbench.kernels.linear import KERNELS, choose, register, sparse_linear
+    from sparse_workbench.kernels.block import _few, few_agrees, few_forward, ranked
+    from sparse_workbench.kernels.linear import choose, sparse_linear
     if torch.cuda.get_device_capability() != (9, 0): return print('  left out: needs compute capability 9.0')
     for dtype in (torch.bfloat16, torch.float16):
         for r, c in ((16, 16), (32, 32), (64, 64), (128, 128)) if dtype == torch.float16 else ((128, 128), (64, 64), (256, 64), (64, 256), (128, 16), (16, 128)):
@@ -110,14 +110,11 @@ def test_few_tokens_on_hopper():
                     check(few_forward(x, p.values, p.index, p.shape, bias), exact, dtype, (dtype, r, c, rows, columns, tokens))
                     check(few_forward(x, p.values, p.index, p.shape, None), exact - bias.double(), dtype, ('no bias', dtype, r, c, rows, columns, tokens))
     p, x, dy, bias = problem(6, 4, 64, 64, 33, torch.bfloat16)
-    before = KERNELS[:]
-    try:
-        register(few_kernel)
-        assert [choose('block', p.values, n).name for n in (1, 64, 65)] == ['block few tokens', 'block few tokens', 'block triton']
-        odd = torch.empty(x.numel() + 1, device='cuda', dtype=x.dtype)[1:].view_as(x).copy_(x)
-        assert torch.equal(sparse_linear(odd, p, bias), sparse_linear(x, p, bias))
-        captured(lambda: [sparse_linear(x, p, bias)])
-    finally: KERNELS[:] = before
+    assert [choose('block', p.values, n).name for n in (1, 64, 65)] == ['block few tokens', 'block few tokens', 'block triton']
+    assert choose('block', p.values.view(-1, 16, 64), 1).name == 'block triton', 'blocks below 32 stay with the general kernel'
+    odd = torch.empty(x.numel() + 1, device='cuda', dtype=x.dtype)[1:].view_as(x).copy_(x)
+    assert torch.equal(sparse_linear(odd, p, bias), sparse_linear(x, p, bias))
+    captured(lambda: [sparse_linear(x, p, bias)])
 
 
 def test_more_than_two_billion_inputs():

@@ -63,7 +63,7 @@ def test_the_operator_chooses_them_and_trains():
     from sparse_workbench.kernels.linear import Packed, choose, sparse_linear
     for dtype in TYPES:
         p, x, dy, bias = problem(6, 4, 128, 64, 777, dtype)
-        assert choose('block', p.values, 777).name == 'block hopper' and choose('block', p.values, 77).name == 'block triton' and choose('block', p.values, 7).name == 'block triton'
+        assert choose('block', p.values, 777).name == 'block hopper' and choose('block', p.values, 77).name == 'block triton' and choose('block', p.values, 7).name == 'block few tokens'
         x_, b_, v = x.t().contiguous().t().requires_grad_(), bias.clone().requires_grad_(), p.values.clone().requires_grad_()
         def gradients(): return torch.autograd.grad(sparse_linear(x_, Packed('block', p.shape, {**p.tensors, 'values': v}), b_), (x_, v, b_), dy)
         _, gx, gv = right(p, x, dy, bias)

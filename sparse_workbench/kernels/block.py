@@ -167,9 +167,10 @@ def aligned(x: Tensor) -> Tensor: # x itself where it can be
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
-def _few(x: Tensor, values: Tensor, columns: Tensor, tiles: Tensor, bias: Tensor | None, y: Tensor, stages: int = 8, warps: int = 1) -> Tensor: # y, written
+def _few(x: Tensor, values: Tensor, columns: Tensor, tiles: Tensor, bias: Tensor | None, y: Tensor, stages: int | None = None, warps: int = 1) -> Tensor: # y, written
     (r, c), tokens = values.shape[1:], min(64, max(16, triton.next_power_of_2(len(x))))
     n, step = min(r, 32), min(c, 128)
+    if stages is None: stages = 12 if step <= 64 and tokens <= 32 else 8
     boxes = [TensorDescriptor.from_tensor(t, box) for t, box in ((x, [tokens, step]), (values.view(-1, c), [n, step]), (y, [tokens, n]))]
     with torch.cuda.device_of(x):
         _few_kernel[(len(tiles) * (r // n), triton.cdiv(len(x), tokens))](
@@ -224,8 +225,9 @@ def few_agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool
     return True
 
 def few_takes(values: Tensor) -> bool:
-    "Blocks that the general kernel takes, on a chip with a copy engine."
-    fits = block_kernel.takes(values) and values.numel() // values.size(2) < 2**31 and torch.cuda.get_device_capability(values.device) == (9, 0)
+    "Blocks from 32 × 32 on that the general kernel takes, on a chip with a copy engine."
+    fits = block_kernel.takes(values) and min(values.shape[1:]) >= 32 and values.numel() // values.size(2) < 2**31 and torch.cuda.get_device_capability(values.device) == (9, 0)
     return fits and trusted('block few tokens', values, few_agrees)
 
 few_kernel = Kernel('block few tokens', 'block', few_forward, block_grad_x, block_grad_values, 'cuda', (torch.float16, torch.bfloat16), most=64, takes=few_takes)
+register(few_kernel)

@@ -9,6 +9,7 @@ __all__ = ['TYPES', 'BY_COLUMNS', 'BY_ROWS', 'SUMS_IN_32_BITS', 'BIAS', 'ALGORIT
 # %% ../../nbs/api/35_cusparselt.ipynb #64fad184
 import ctypes
 import functools
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -63,11 +64,12 @@ def described(h: Any, shape: tuple[int, int], tokens: int, dtype: torch.dtype, b
 ALGORITHM = (0, 3, 4, 5)  # attributes: number, how often `in` is split, in which way, into how many buffers
 ONE, ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
-def released(plan: Any, chosen: Any, *matrices: Any) -> None:
-    "Give back what the library holds for a plan."
-    call('MatmulPlanDestroy', plan)
-    call('MatmulAlgSelectionDestroy', chosen)
-    for m in matrices: call('MatDescriptorDestroy', m)
+def released(lib: Any, plan: Any, chosen: Any, *matrices: Any) -> None:
+    "Give back what the library holds for a plan; not while Python ends, when the driver may be gone."
+    if sys.is_finalizing(): return
+    lib.cusparseLtMatmulPlanDestroy(plan)
+    lib.cusparseLtMatmulAlgSelectionDestroy(chosen)
+    for m in matrices: lib.cusparseLtMatDescriptorDestroy(m)
 
 class Plan:
     "One product, ready to be launched."
@@ -77,7 +79,7 @@ class Plan:
         call('MatmulAlgSelectionInit', self.h, self.chosen, self.parts[0], 0)
         for attribute, v in algorithm.items(): call('MatmulAlgSetAttribute', self.h, self.chosen, attribute, ctypes.byref(ctypes.c_int(v)), ctypes.c_size_t(4))
         call('MatmulPlanInit', self.h, self.plan, self.parts[0], self.chosen)
-        weakref.finalize(self, released, self.plan, self.chosen, *self.parts[1:]).atexit = False
+        weakref.finalize(self, released, library(), self.plan, self.chosen, *self.parts[1:]).atexit = False
         call('MatmulGetWorkspace', self.h, self.plan, ctypes.byref(size := ctypes.c_size_t()))
         self.size = size.value
     def __call__(self, weight: Tensor, x: Tensor, y: Tensor, what: str = 'Matmul') -> None: # y is written

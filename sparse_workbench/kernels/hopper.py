@@ -85,10 +85,15 @@ def built(device: int, items: tuple[tuple[str, int], ...]) -> native.Function:
         code = native.cached(wgmma(columns, bool(d['HALF'])) + native.source('block_sm90.cu'), 'sm_90a', d | dict(WN=columns))
         return native.Function(code, 'block_sum' if d['KERNEL_SUM'] else 'block_outer', shared)
 
+@functools.cache
+def _told(half: bool, r: int, c: int, product: str, wide: bool, more: tuple) -> tuple[tuple[tuple[str, int], ...], dict[str, int]]:
+    d = settings(torch.empty(0, dtype=torch.float16 if half else torch.bfloat16), r, c, product, wide, **dict(more))
+    return tuple(sorted(d.items())), d
+
 def kernel(x: Tensor, r: int, c: int, product: str, wide: bool | None = None, **more: int) -> tuple[native.Function, dict[str, int]]:
     "The kernel of a product, and its tile."
-    d = settings(x, r, c, product, wide, **more)
-    return built(x.device.index, tuple(sorted(d.items()))), d
+    items, d = _told(x.dtype == torch.float16, r, c, product, x.nbytes > CACHED if wide is None else wide, tuple(more.items()))
+    return built(x.device.index, items), d
 
 # %% ../../nbs/api/37_hopper.ipynb #30d29e26
 def row_lists(offsets: Tensor, columns: Tensor) -> tuple[Tensor, None, Tensor]:
@@ -126,6 +131,7 @@ def work(tokens: int, width: int, # of x
     return band, ranks, band * count * ranks
 
 # %% ../../nbs/api/37_hopper.ipynb #873e4d3a
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     "How many programs run at once: the kernels leave room for one on each."
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -159,7 +165,7 @@ def launch(x: Tensor, values: Tensor, lists: tuple, y: Tensor, product: str, bia
     _, up_lists, up_bias = (None, lists, None) if up is None else up
     bias, up_bias = (b if b is None else b.contiguous() for b in (bias, up_bias))           # the kernel reads them from their address on
     band, ranks, tiles = work(x.size(0), x.size(1), len(lists[2]), d)
-    with torch.cuda.device(x.device):
+    with torch.cuda.device_of(x):
         f(min(tiles, multiprocessors(x.device)), 384, a, maps[0], maps[-1], out, lists, up_lists, bias, up_bias, band, ranks, tiles)
     return y
 
@@ -186,7 +192,7 @@ def hopper_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor
     f, d = kernel(x, r, c, 'grad_values')
     maps, together = [native.tensor_map(t, (64, 64)) for t in (dy, x, grad.view(-1, c))], d['TO'] // c
     before = plan(offsets, columns, f'groups {together}', lambda: tiles_before(offsets, together))
-    with torch.cuda.device(x.device): f(multiprocessors(x.device), 384, *maps, offsets, columns, before, len(offsets) - 1, len(x))
+    with torch.cuda.device_of(x): f(multiprocessors(x.device), 384, *maps, offsets, columns, before, len(offsets) - 1, len(x))
     return grad
 
 # %% ../../nbs/api/37_hopper.ipynb #5dbdb9b7

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'FORMATS', 'KERNELS', 'Packed', 'pack_bits', 'unpack_bits', 'block_rows', 'Format', 'pack', 'unpack',
-           'verify', 'Kernel', 'register', 'choose', 'multiplier', 'twin', 'check_no_tangent', 'sharded_here',
-           'converted_values', 'autocast_packed', 'sparse_linear', 'SparseLinear']
+           'verify', 'Kernel', 'register', 'choose', 'multiplier', 'twin', 'watched', 'check_no_tangent',
+           'sharded_here', 'converted_values', 'autocast_packed', 'sparse_linear', 'SparseLinear']
 
 # %% ../../nbs/api/30_linear.ipynb #b8be49c0
 import math
@@ -287,43 +287,54 @@ def _blocks_grad_values(dy, x, values, index, shape) -> Tensor:
 register(Kernel('block twin', 'block', _blocks_forward, _blocks_grad_x, _blocks_grad_values))
 
 # %% ../../nbs/api/30_linear.ipynb #93703042
-def _turned(format: str, x: Tensor) -> bool: # does the output lie column by column in memory?
-    return format == '2:4' and x.device.type == 'cuda'
+def _precise(run: Callable) -> Callable:
+    "Without autocast, which would compute in 16 bits what a kernel computes in 32."
+    def off(x: Tensor, *rest) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type): return run(x, *rest)
+        with torch.autocast(x.device.type, enabled=False): return run(x, *rest)
+    return off
 
+@_precise
 def _forward(x: Tensor, values: Tensor, index: list[Tensor], bias: Tensor | None, format: str, shape: list[int]) -> Tensor:
-    y = multiplier(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias)
-    return y.t().contiguous().t() if _turned(format, x) else y.contiguous()
+    return multiplier(format, values, x.size(0)).forward(x, values, index, tuple(shape), bias).contiguous()
 
+@_precise
 def _grad_x(dy: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
     return multiplier(format, values, dy.size(0)).grad_x(dy, values, index, tuple(shape)).contiguous()
 
+@_precise
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], format: str, shape: list[int]) -> Tensor:
     return multiplier(format, values, dy.size(0)).grad_values(dy, x, values, index, tuple(shape)).contiguous()
 
-# %% ../../nbs/api/30_linear.ipynb #06dc9294
-def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+# %% ../../nbs/api/30_linear.ipynb #e9afabee
+def watched(*ts: Tensor | None) -> bool:
+    "Is a compiler, a transformation, a tracer or a mode that sees operators at work here, or a tensor of another kind?"
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None or any(t is not None and (type(t) not in (Tensor, nn.Parameter) or t.is_meta) for t in ts))
+
+# %% ../../nbs/api/30_linear.ipynb #5de0a27e
+def _remember(ctx: Any, inputs: tuple, output: Tensor | None) -> None:
     x, values, index, bias, ctx.format, ctx.shape = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *index)
 
 def _backward(ctx: Any, dy: Tensor) -> tuple:
     x, values, *index = ctx.saved_tensors
     ops, (need_x, need_values, _, need_bias, *_) = torch.ops.sparse_workbench, ctx.needs_input_grad
-    return (ops.sparse_linear_grad_x(dy, values, index, ctx.format, ctx.shape) if need_x else None,
-            ops.sparse_linear_grad_values(dy, x, values, index, ctx.format, ctx.shape) if need_values else None,
+    seen = torch.is_grad_enabled() or watched(dy, x, values)
+    for_x, for_values = (ops.sparse_linear_grad_x, ops.sparse_linear_grad_values) if seen else (_grad_x, _grad_values)
+    return (for_x(dy, values, index, ctx.format, ctx.shape) if need_x else None,
+            for_values(dy, x, values, index, ctx.format, ctx.shape) if need_values else None,
             [None] * len(index), dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype) if need_bias else None, None, None)
 
-# %% ../../nbs/api/30_linear.ipynb #63af5ceb
+# %% ../../nbs/api/30_linear.ipynb #01220970
 def _once(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("a sparse product is differentiable once, and this asks for the gradient of its gradient: leave create_graph=True out, "
                               "or multiply with the dense weight, F.linear(x, layer.weight, layer.bias)")
 
-# %% ../../nbs/api/30_linear.ipynb #8c791e95
+# %% ../../nbs/api/30_linear.ipynb #65035580
 def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
-    def precise(x: Tensor, *rest) -> Tensor: # what a kernel computes in 32 bits, autocast would compute in 16
-        if not torch.is_autocast_enabled(x.device.type): return run(x, *rest)
-        with torch.autocast(x.device.type, enabled=False): return run(x, *rest)
     OPS.define(f'{name}({schema}) -> Tensor')
-    OPS.impl(name, precise, 'CompositeExplicitAutograd')
+    OPS.impl(name, run, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'sparse_workbench::{name}', fake)
 
 if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
@@ -332,11 +343,29 @@ if not hasattr(torch.ops.sparse_workbench, 'sparse_linear'):
     _operator('sparse_linear_grad_x', 'Tensor dy, Tensor values, Tensor[] index, str format, int[] shape',
               _grad_x, lambda dy, values, index, format, shape: dy.new_empty(dy.size(0), shape[1]))
     _operator('sparse_linear', 'Tensor x, Tensor values, Tensor[] index, Tensor? bias, str format, int[] shape',
-              _forward, lambda x, values, index, bias, format, shape: x.new_empty(shape[0], x.size(0)).t() if _turned(format, x) else x.new_empty(x.size(0), shape[0]))
+              _forward, lambda x, values, index, bias, format, shape: x.new_empty(x.size(0), shape[0]))
     torch.library.register_autograd('sparse_workbench::sparse_linear', _backward, setup_context=_remember)
     for _name in ('x', 'values'): torch.library.register_autograd(f'sparse_workbench::sparse_linear_grad_{_name}', _once)
 
-# %% ../../nbs/api/30_linear.ipynb #65035580
+# %% ../../nbs/api/30_linear.ipynb #b63f6640
+class _Unseen(torch.autograd.Function):
+    "The operator and its gradients without the dispatcher."
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _remember(ctx, inputs, None)
+        return _forward(*inputs)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple: # type: ignore[override]
+        for_x, for_values, _, *rest = _backward(ctx, dy)
+        return for_x, for_values, None, *rest
+
+def _product(*inputs: Any) -> Tensor: # (x, values, index, bias, format, shape)
+    "By the operator where anybody would see it."
+    x, values, _, bias, *_ = inputs
+    if watched(x, values, bias): return torch.ops.sparse_workbench.sparse_linear(*inputs)
+    return _Unseen.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)
+
+# %% ../../nbs/api/30_linear.ipynb #98bcadc6
 def _check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     v, (out, inp) = packed.values, packed.shape
     if x.ndim < 1 or x.size(-1) != inp: raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight ({out}, {inp}): its last axis must be {inp}")
@@ -346,15 +375,15 @@ def _check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
     for name, t in {'x': x, 'the bias': bias, **{f'{n!r} of the weight': t for n, t in packed.tensors.items()}}.items():
         if t is not None and t.device != v.device: raise ValueError(f"{name} is on {t.device} and the values of the weight on {v.device}: move one of them with .to()")
 
-# %% ../../nbs/api/30_linear.ipynb #6ffd80fd
+# %% ../../nbs/api/30_linear.ipynb #eba91407
 def check_no_tangent(*ts: Tensor | None) -> None:
     "NotImplementedError where forward-mode differentiation (torch.func.jvp, jacfwd) goes through a sparse product."
-    if torch.compiler.is_compiling(): return
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0: return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in ts):
         raise NotImplementedError("a sparse product has no forward-mode derivative (jvp): use backward() or torch.autograd.grad, "
                                   "or multiply with the dense weight, F.linear(x, layer.weight, layer.bias)")
 
-# %% ../../nbs/api/30_linear.ipynb #7821f657
+# %% ../../nbs/api/30_linear.ipynb #73ef2634
 _CASTS: Any = WeakIdKeyDictionary()
 
 def _autocast(t: Tensor | None, device: str) -> Tensor | None:
@@ -378,12 +407,12 @@ def converted_values(values: Tensor, device: str) -> Tensor: # themselves, or a 
         with torch.inference_mode(False): kept = _CASTS[values] = now, _autocast(values.detach(), device)
     return kept[1]
 
-# %% ../../nbs/api/30_linear.ipynb #eba91407
+# %% ../../nbs/api/30_linear.ipynb #45bbfb91
 def autocast_packed(packed: Packed, device: str) -> Packed:
     "A weight as autocast would have it."
     return Packed(packed.format, packed.shape, {**packed.tensors, 'values': converted_values(packed.values, device)})
 
-# %% ../../nbs/api/30_linear.ipynb #fbefb1e7
+# %% ../../nbs/api/30_linear.ipynb #281a883c
 def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
                   packed: Packed, # the weight (out, in)
                   bias: Tensor | None = None, # (out,)
@@ -399,10 +428,10 @@ def sparse_linear(x: Tensor, # (..., in), the dtype and device of the weight
     packed = autocast_packed(packed, device)
     _check_call(x, packed, bias)
     tokens = x.reshape(math.prod(x.shape[:-1]), x.size(-1))
-    y = torch.ops.sparse_workbench.sparse_linear(tokens, packed.values, packed.index, bias, packed.format, list(packed.shape))
+    y = _product(tokens, packed.values, packed.index, bias, packed.format, list(packed.shape))
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
-# %% ../../nbs/api/30_linear.ipynb #a9ec1184
+# %% ../../nbs/api/30_linear.ipynb #f205c6a9
 def _not_assigned(format: str) -> AttributeError:
     return AttributeError(f"the weight of a SparseLinear is packed and cannot be assigned: make a new layer, "
                           f"SparseLinear(pack(weight, {format!r}, …), bias), or a dense nn.Linear from unpack(layer.packed)")
@@ -414,7 +443,7 @@ def _verify_loading(layer: 'SparseLinear', state: dict[str, Any], prefix: str, *
     whole = Packed(layer.format, layer.shape, {n: new.get(n, getattr(layer, n)) for n in layer.names})
     if not any(t.is_meta for t in whole.tensors.values()): verify(whole)
 
-# %% ../../nbs/api/30_linear.ipynb #4f1df909
+# %% ../../nbs/api/30_linear.ipynb #e877caa0
 class SparseLinear(nn.Module):
     "A linear layer whose weight is packed; calls `sparse_linear`."
     def __init__(self, packed: Packed, # the weight (out, in); its tensors are used, not copied

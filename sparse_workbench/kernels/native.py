@@ -142,10 +142,11 @@ def check(code: int) -> None:
 # %% ../../nbs/api/36_native.ipynb #9fb4c8fe
 def argument(x: Any) -> Any: # something that ctypes can point to
     "A kernel argument as the driver wants it."
+    if isinstance(x, Tensor): return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, ctypes.Array): return x
     if isinstance(x, int): return ctypes.c_int(x)
     if isinstance(x, tuple): return (ctypes.c_void_p * len(x))(*(None if t is None else t.data_ptr() for t in x))
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+    return ctypes.c_void_p(x)
 
 # %% ../../nbs/api/36_native.ipynb #f8ff4e07
 class Function:
@@ -156,13 +157,14 @@ class Function:
                  ):
         module, self.handle, self.shared = ctypes.c_void_p(), ctypes.c_void_p(), shared
         torch.cuda.current_stream().synchronize()                       # makes sure that there is a context
+        self.device = torch.cuda.current_device()
         check(driver().cuModuleLoadData(ctypes.byref(module), code))
         check(driver().cuModuleGetFunction(ctypes.byref(self.handle), module, name.encode()))
         check(driver().cuFuncSetAttribute(self.handle, 8, shared))      # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     def __call__(self, blocks: int, threads: int, *arguments: Any) -> None:
         own = [argument(x) for x in arguments]
         places = (ctypes.c_void_p * len(own))(*(ctypes.addressof(x) for x in own))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         check(driver().cuLaunchKernel(self.handle, blocks, 1, 1, threads, 1, 1, self.shared, stream, places, None))
 
 # %% ../../nbs/api/36_native.ipynb #209da3e2

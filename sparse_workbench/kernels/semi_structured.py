@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import cusparselt
 from .block import aligned, stamp
 from .linear import FORMATS, Kernel, Packed, pack, register, sharded_here, twin
 from ..patterns import nm
@@ -68,7 +69,7 @@ def prune_pack(weight: Tensor, # (out, in), in a multiple of 8; float16 or bfloa
 _CONVERTED: Any = WeakIdKeyDictionary()
 
 def converted(values: Tensor, index: list[Tensor], shape: tuple[int, int]) -> dict[Any, Any]:
-    "The weight in cuSPARSELt's own form, and the algorithm for every number of tokens seen."
+    "The weight in cuSPARSELt's own form."
     kept, version = _CONVERTED.get(values), [values.data_ptr(), *stamp(values, *index)]
     if kept is None or kept['version'] != version or kept['positions'] is not index[0] or sharded_here():
         dense = FORMATS['2:4'].dense(values.detach(), index, shape)
@@ -81,18 +82,19 @@ _ALGORITHMS: dict[tuple, int] = {}
 def algorithm(weight: Tensor, xt: Tensor, shape: tuple[int, int]) -> int: # weight in cuSPARSELt's form, xt (in, tokens)
     "Which of its algorithms cuSPARSELt found to be the fastest for these shapes."
     key = *shape, xt.size(1), xt.dtype, xt.device
-    if key not in _ALGORITHMS: _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(weight, xt))
+    if key not in _ALGORITHMS: _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(weight, xt, transpose_result=True))
     return _ALGORITHMS[key]
 
 # %% ../../nbs/api/39_semi_structured.ipynb #59d7e97f
 def multiply(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-    "y (tokens, out), column by column in memory."
-    if not len(x): return x.new_empty(shape[0], 0).t()
-    weight, xt = converted(values, index, shape)['weight'], aligned(F.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x).t()
-    y = torch._cslt_sparse_mm(weight, xt, None if bias is None else bias.contiguous(), alg_id=algorithm(weight, xt, shape))
-    return y[:, :len(x)].t()
+    "y (tokens, out)."
+    if not len(x): return x.new_empty(0, shape[0])
+    weight, whole = converted(values, index, shape)['weight'], aligned(F.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x)
+    bias = None if bias is None else bias.contiguous()
+    if cusparselt.works(x.device): return cusparselt.multiply(weight, whole, shape, bias)[:len(x)]
+    return torch._cslt_sparse_mm(weight, whole.t(), bias, transpose_result=True, alg_id=algorithm(weight, whole.t(), shape))[:len(x)]
 
-# %% ../../nbs/api/39_semi_structured.ipynb #6542da33
+# %% ../../nbs/api/39_semi_structured.ipynb #04514bef
 def takes(values: Tensor) -> bool:
     "Layers whose sides are multiples of 32, where cuSPARSELt is there and tensor cores know 2:4: compute capability 8 on."
     out, inp, old = values.size(0), values.size(1) * 2, values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 0)
