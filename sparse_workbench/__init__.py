@@ -11,7 +11,7 @@ from .curves import Curve, essential_sparsity, sensitivity
 from .deploy import Advice, Deployment, advise, export
 from .evaluate import Evaluate, accuracy, evaluation, perplexity
 from .execute import run, sweep
-from .flows import Flow, adam_l1, cut, dense, dense_momentum, explore, l1, mask_decay, mvue, s_ste, soft, sr_ste, ste
+from .flows import Flow, adam_l1, cut, dense, dense_momentum, explore, group_lasso, l1, mask_decay, mvue, s_ste, soft, sr_ste, ste
 from .formats import from_torch_prune, load_sparse, masks_from_zeros, save_sparse
 from .kernels import cpu as _cpu
 from .kernels.linear import Packed, SparseLinear, pack, sparse_linear, unpack

@@ -6,9 +6,10 @@
 __all__ = ['READERS', 'ROUNDS', 'HOPELESS', 'SIDES', 'MOST', 'HARDLY', 'TWICE', 'ALLOWED', 'ALLOWED_WHOLE', 'TIE', 'COLUMNS',
            'TURNS', 'COLORS', 'why_left', 'Layer', 'check_batch', 'watch', 'cache_bytes', 'captured', 'wall_seconds',
            'device_seconds', 'stopwatch', 'settled', 'race', 'Candidate', 'kernel_for', 'filled', 'blocks',
-           'candidates', 'packed_layer', 'difference', 'mean_difference', 'copies', 'timed', 'warm', 'best', 'measure',
-           'dense_row', 'settle', 'cells', 'folded', 'Deployment', 'items', 'timed_model', 'place', 'turns', 'swapped',
-           'worth', 'export', 'machine', 'limit', 'would', 'break_even', 'Advice', 'plot_advice', 'opinion',
+           'candidates', 'packed_layer', 'difference', 'mean_difference', 'outgrow', 'copies', 'timed', 'warm', 'best',
+           'measure', 'dense_row', 'settle', 'cells', 'folded', 'fused_text', 'Deployment', 'items', 'timed_model',
+           'Fused', 'with_packed', 'roles', 'feed_forward', 'one_pass', 'fuse', 'place', 'turns', 'swapped', 'worth',
+           'packed_row', 'export', 'machine', 'limit', 'would', 'break_even', 'Advice', 'plot_advice', 'opinion',
            'whole_model', 'same_dense', 'questions', 'advise']
 
 # %% ../nbs/api/43_deploy.ipynb #c7312ebe
@@ -20,17 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .core import Site, Sites, own, sites as find_sites
-from .formats import exchange, hooked, packed_linear, unwrapped
-from .kernels import linear
+from .core import Site, Sites, own, sites as find_sites, submodule, unwrapped
+from .formats import dense_sites, exchange, hooked, packed_layers, packed_linear, wrapped_alone
+from .kernels import linear, mlp
 from .kernels.linear import Packed, SparseLinear, choose, pack
+from .kernels.mlp import SparseMLP
 from .patterns import Pattern, pattern as read_pattern
 from .stats import call, evaluating, modules_of, tensors
 
@@ -42,13 +44,14 @@ def why_left(model: nn.Module, site: Site) -> str: # '' when the layer can be ex
     m, p, above = site.module, own(site), site.name.rpartition('.')[0].rpartition('.')[0]
     if type(m) is not nn.Linear and type(m).__name__ != 'Conv1D': return f'{type(m).__name__} has no sparse kernel'
     if any(x is not m for x in modules_of(model, site)): return f'its weight is also {site.aliases[0]}'
-    if m is not model and isinstance(parent := model.get_submodule(above), READERS): return f'{type(parent).__name__} reads its weight itself'
+    if m is not unwrapped(model) and isinstance(parent := submodule(model, above), READERS): return f'{type(parent).__name__} reads its weight itself'
+    if wrapper := wrapped_alone(model, m): return f'{wrapper} holds this layer alone and would go on calling it: export first, then wrap'
     if hasattr(p, 'placements'): return 'its weight is sharded'
     if p is not None and p.dtype not in linear.DTYPES: return f'no kernel multiplies {p.dtype}'
     if hooked(m): return 'it has hooks, which would be lost'
     return ''
 
-# %% ../nbs/api/43_deploy.ipynb #916a2e66
+# %% ../nbs/api/43_deploy.ipynb #d6fbdae6
 @dataclass
 class Layer:
     "A linear layer as one batch uses it."
@@ -63,7 +66,7 @@ class Layer:
         w = self.site.weight
         return tuple(w.shape), w.dtype, w.device, tuple(sorted(self.calls.items())), self.module._parameters['bias'] is not None
 
-# %% ../nbs/api/43_deploy.ipynb #33e122ca
+# %% ../nbs/api/43_deploy.ipynb #f27ec1e8
 def check_batch(model: nn.Module, batch: Any) -> None:
     "ValueError when an input lies where no weight does, or a weight has no values."
     at = {p.device for p in (*model.parameters(), *model.buffers())}
@@ -72,13 +75,14 @@ def check_batch(model: nn.Module, batch: Any) -> None:
     for t in found:
         if at and t.device not in at: raise ValueError(f"the example input is on {t.device} and the model on {', '.join(map(str, at))}: move one of them with .to()")
 
-# %% ../nbs/api/43_deploy.ipynb #7e2def49
+# %% ../nbs/api/43_deploy.ipynb #d3e6d6fe
 def watch(model: nn.Module, sites: Sequence[Site], batch: Any) -> list[Layer]: # those that the batch reaches
     "Run the model once and note what arrives at every linear layer; one real input of each size is kept."
     layers, shared, hooks = [Layer(s) for s in sites], {}, []  # type: ignore[var-annotated]
     def watching(layer: Layer):
         def hook(module, args, kwargs):
-            x = (*args, *kwargs.values())[0].detach()
+            x = next((t.detach() for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim), None)
+            if x is None: return
             x = x.reshape(-1, x.size(-1))
             layer.calls[len(x)] += 1
             layer.inputs[len(x)] = shared.setdefault((x.shape, x.dtype, x.device), x)
@@ -90,14 +94,14 @@ def watch(model: nn.Module, sites: Sequence[Site], batch: Any) -> list[Layer]: #
         for h in hooks: h.remove()
     return [l for l in layers if sum(n * k for n, k in l.calls.items())]
 
-# %% ../nbs/api/43_deploy.ipynb #eace1c49
+# %% ../nbs/api/43_deploy.ipynb #afb36b4f
 def cache_bytes(device: torch.device) -> int:
     "The largest cache of the device."
     if device.type == 'cuda': return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [p.read_text().strip() for p in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size')]
     return max((int(s[:-1]) * {'K': 2**10, 'M': 2**20}[s[-1]] for s in sizes if s[-1:] in ('K', 'M')), default=2**26)
 
-# %% ../nbs/api/43_deploy.ipynb #ac964cba
+# %% ../nbs/api/43_deploy.ipynb #00f34dfd
 def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     "The same work as one CUDA graph."
     recorded = torch.cuda.CUDAGraph()
@@ -105,7 +109,7 @@ def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None
     with torch.cuda.device(device), torch.cuda.graph(recorded): run()
     return recorded.replay
 
-# %% ../nbs/api/43_deploy.ipynb #8f85013b
+# %% ../nbs/api/43_deploy.ipynb #ef77098d
 def wall_seconds(run: Callable[[], None]) -> float:
     "By the clock of the machine."
     start = time.perf_counter()
@@ -122,7 +126,7 @@ def device_seconds(run: Callable[[], None], device: torch.device) -> float:
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 
-# %% ../nbs/api/43_deploy.ipynb #f16f33cf
+# %% ../nbs/api/43_deploy.ipynb #ff185774
 def stopwatch(calls: Sequence[Callable[[], Any]], device: torch.device, graph: bool = False) -> Callable[[], float]:
     "A function that makes all calls and returns the mean seconds of one; they have been made once already."
     def run() -> None:
@@ -132,12 +136,12 @@ def stopwatch(calls: Sequence[Callable[[], Any]], device: torch.device, graph: b
     clock = partial(device_seconds, run, device) if device.type == 'cuda' else partial(wall_seconds, run)
     return lambda: clock() / len(calls)
 
-# %% ../nbs/api/43_deploy.ipynb #ac0b56c7
+# %% ../nbs/api/43_deploy.ipynb #780c2599
 def settled(times: Sequence[float], device: torch.device) -> float:
     "One time of many: the smallest on a CPU, the lower quartile on a GPU."
     return min(times) if device.type == 'cpu' else sorted(times)[len(times) // 4]
 
-# %% ../nbs/api/43_deploy.ipynb #7d89e7f4
+# %% ../nbs/api/43_deploy.ipynb #c41d2a69
 ROUNDS, HOPELESS = (7, 50), 2.  # rounds of a race, at least and at most; so many times slower than the first after two rounds is out
 
 def race(ways: dict[str, list[Callable[[], Any]]], # calls that do the same on different copies; the first way is the one to beat
@@ -155,7 +159,7 @@ def race(ways: dict[str, list[Callable[[], Any]]], # calls that do the same on d
             if i < 2 or min(times[name]) <= HOPELESS * best: times[name].append(clock())
     return {name: settled(t, device) for name, t in times.items()}
 
-# %% ../nbs/api/43_deploy.ipynb #c6c762a6
+# %% ../nbs/api/43_deploy.ipynb #36f21efc
 SIDES, MOST, HARDLY, TWICE = (1, 4, 8, 16, 32, 64, 128, 256), .95, 1.02, 2.  # sides of blocks; the largest stored fraction; about as full; hopelessly fuller
 
 @dataclass(frozen=True)
@@ -168,19 +172,19 @@ class Candidate:
 
     def __str__(self): return self.kernel + (f' {self.block[0]}×{self.block[1]}' if self.block else '')
 
-# %% ../nbs/api/43_deploy.ipynb #f3888ac9
+# %% ../nbs/api/43_deploy.ipynb #e667fe69
 def kernel_for(format: str, values: Tensor, tokens: Sequence[int]) -> str: # '' when there is none but the reference
     "The kernels that multiply in this format at these numbers of rows."
     try: found = [choose(format, values, n) for n in tokens]
     except LookupError: return ''
     return '' if any(k.device is None for k in found) else ' / '.join(dict.fromkeys(k.name for k in found))
 
-# %% ../nbs/api/43_deploy.ipynb #e2ab7f4e
+# %% ../nbs/api/43_deploy.ipynb #e918f348
 def filled(kept: Tensor, r: int, c: int) -> float: # kept: bool (out, in), which r and c divide
     "The fraction of r × c blocks that hold any weight."
     return kept.view(kept.size(0) // r, r, kept.size(1) // c, c).any(3).any(1).float().mean().item()
 
-# %% ../nbs/api/43_deploy.ipynb #c585deda
+# %% ../nbs/api/43_deploy.ipynb #1c6729d5
 def blocks(kept: Tensor, values: Tensor, tokens: Sequence[int]) -> Iterator[Candidate]:
     "Block sizes worth a try: none that stores nearly all, or twice what another does, none that a larger one replaces."
     found: list[Candidate] = []
@@ -192,7 +196,7 @@ def blocks(kept: Tensor, values: Tensor, tokens: Sequence[int]) -> Iterator[Cand
         if x.stored <= MOST and not larger: found.append(x)
     yield from (x for x in found if x.stored <= TWICE * min(y.stored for y in found))
 
-# %% ../nbs/api/43_deploy.ipynb #439b4696
+# %% ../nbs/api/43_deploy.ipynb #f40bd109
 def candidates(weight: Tensor, # (out, in)
                tokens: Sequence[int], # rows of x that it meets
                ) -> tuple[list[Candidate], str]: # and why there are no others
@@ -210,7 +214,7 @@ def candidates(weight: Tensor, # (out, in)
             else: why.append(f'no kernel multiplies {f!r} on {weight.device.type}')
     return found, '; '.join(why)
 
-# %% ../nbs/api/43_deploy.ipynb #988f93a4
+# %% ../nbs/api/43_deploy.ipynb #0ddda711
 ALLOWED = {torch.float16: 2**-8, torch.bfloat16: 2**-6, torch.float32: 1e-4, torch.float64: 1e-10}  # of one layer
 ALLOWED_WHOLE = {torch.float16: .02, torch.bfloat16: .05, torch.float32: 1e-3, torch.float64: 1e-8}  # of a model, in the mean
 
@@ -218,7 +222,7 @@ def packed_layer(layer: Layer, c: Candidate) -> SparseLinear:
     "The layer with its weight packed; bias, mode and what is trained stay."
     return packed_linear(layer.module, c.format, c.block, exact=False)
 
-# %% ../nbs/api/43_deploy.ipynb #ae31fb93
+# %% ../nbs/api/43_deploy.ipynb #036537f1
 def difference(got: Tensor, right: Tensor) -> float: # infinite when one is NaN and the other is not
     "The largest difference, as a fraction of the largest value."
     got, right = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (got, right))
@@ -226,7 +230,7 @@ def difference(got: Tensor, right: Tensor) -> float: # infinite when one is NaN 
     scale = right.nan_to_num(0, 0, 0).abs().max().item() if right.numel() else 0
     return (got - right).nan_to_num(0, 0, 0).abs().max().item() / (scale or 1) if right.numel() else 0.
 
-# %% ../nbs/api/43_deploy.ipynb #16760345
+# %% ../nbs/api/43_deploy.ipynb #3a99a5c0
 def mean_difference(got: Any, right: Any) -> float:
     "The norm of the difference of all floating-point outputs, as a fraction of the norm."
     pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(tensors(got), tensors(right)) if b.is_floating_point()]
@@ -235,16 +239,19 @@ def mean_difference(got: Any, right: Any) -> float:
     sums = [[t.nan_to_num(0, 0, 0).square().sum().item() for t in (a - b, b)] for a, b in pairs]
     return math.sqrt(sum(s[0] for s in sums) / (sum(s[1] for s in sums) or 1))
 
-# %% ../nbs/api/43_deploy.ipynb #038ff98d
+# %% ../nbs/api/43_deploy.ipynb #7125895a
 TIE = 1.02
 
-def copies(layer: Layer, make: Callable[[], nn.Module], model_bytes: int) -> list[nn.Module]:
-    "So many of the layer that together they push each other out of the cache as the model would."
-    w = layer.site.weight
-    n = math.ceil(min(model_bytes, 2 * cache_bytes(w.device)) / max(1, w.nbytes))
-    return [make() for _ in range(max(1, min(8, n)))]
+def outgrow(nbytes: int, model_bytes: int, device: torch.device) -> int: # 1 to 8
+    "How many weights of this size push each other out of the cache as the model would."
+    return max(1, min(8, math.ceil(min(model_bytes, 2 * cache_bytes(device)) / max(1, nbytes))))
 
-# %% ../nbs/api/43_deploy.ipynb #aca8b70f
+def copies(layer: Layer, make: Callable[[], nn.Module], model_bytes: int) -> list[nn.Module]:
+    "So many of the layer that its weight is read as in the model."
+    w = layer.site.weight
+    return [make() for _ in range(outgrow(w.nbytes, model_bytes, w.device))]
+
+# %% ../nbs/api/43_deploy.ipynb #fa31002f
 def timed(layer: Layer, found: Sequence[Candidate], model_bytes: int, seconds: float, graph: bool) -> list[float]: # dense, then the candidates
     "Seconds that a batch spends in the layer, by the dense one and by every candidate."
     ways = {'dense': copies(layer, lambda: copy.deepcopy(layer.module), model_bytes)}
@@ -260,13 +267,13 @@ def warm(layer: Layer, found: Sequence[Candidate]) -> None:
     for c in found:
         for x in layer.inputs.values(): packed_layer(layer, c)(x)
 
-# %% ../nbs/api/43_deploy.ipynb #8012c70b
+# %% ../nbs/api/43_deploy.ipynb #834dbbdb
 def best(found: Sequence[Candidate], times: Sequence[float]) -> int: # index in `found`
     "The fastest candidate; of those about as fast, the one that stores least."
     near = [i for i, t in enumerate(times) if t <= TIE * min(times)]
     return min(near, key=lambda i: (found[i].stored, str(found[i])))
 
-# %% ../nbs/api/43_deploy.ipynb #2dfe9c24
+# %% ../nbs/api/43_deploy.ipynb #3b98b09c
 def measure(layers: Sequence[Layer], model_bytes: int, budget: float, graph: bool) -> dict[str, tuple[list[Candidate], list[float], str]]:
     "By layer: its candidates, seconds of the dense layer and of each candidate (none when the budget was spent), why there are no more."
     groups: dict[tuple, list[tuple[Layer, list[Candidate], str]]] = {}
@@ -284,14 +291,14 @@ def measure(layers: Sequence[Layer], model_bytes: int, budget: float, graph: boo
         for l, own_, why in g: results[l.site.name] = own_, times, why
     return results
 
-# %% ../nbs/api/43_deploy.ipynb #b870670b
+# %% ../nbs/api/43_deploy.ipynb #5200c968
 def dense_row(s: Site, tokens: int, **known) -> dict[str, Any]:
     "One row of the report, of a layer that stays as it is."
     w = s.weight
     return dict(name=s.name, shape=tuple(w.shape), tokens=tokens, sparsity=1 - torch.count_nonzero(w).item() / max(1, w.numel()), kernel='dense',
                 dense_ms=None, sparse_ms=None, faster=None, dense_bytes=w.nbytes, bytes=w.nbytes, error=None, reason='') | known
 
-# %% ../nbs/api/43_deploy.ipynb #8e06b0d0
+# %% ../nbs/api/43_deploy.ipynb #9352fc7c
 def settle(layer: Layer, found: Sequence[Candidate], times: Sequence[float], why: str, gain: float) -> tuple[dict[str, Any], SparseLinear | None]:
     "One row of the report, and the layer to put in, if any."
     w, n = layer.site.weight, sum(n * k for n, k in layer.calls.items())
@@ -307,7 +314,7 @@ def settle(layer: Layer, found: Sequence[Candidate], times: Sequence[float], why
     if error > ALLOWED[w.dtype]: return row | dict(error=error, reason=f'{found[i]} is wrong by {error:.1g}, and {ALLOWED[w.dtype]:.1g} is allowed'), None
     return row | dict(kernel=str(found[i]), bytes=new.packed.nbytes, error=error), new
 
-# %% ../nbs/api/43_deploy.ipynb #4fbae6ea
+# %% ../nbs/api/43_deploy.ipynb #9a70ae3f
 COLUMNS = ('name', 'shape', 'tokens', 'zeros', 'kernel', 'dense', 'sparse', 'faster', 'bytes', 'error', 'reason')
 
 def cells(r: dict[str, Any]) -> tuple[str, ...]:
@@ -316,18 +323,24 @@ def cells(r: dict[str, Any]) -> tuple[str, ...]:
     return (r['name'], '×'.join(map(str, r['shape'])), str(r['tokens']), f"{r['sparsity']:.1%}", r['kernel'], ms(r['dense_ms']), ms(r['sparse_ms']),
             '' if r['faster'] is None else f"{r['faster']:.2f}x", f"{r['bytes'] / max(1, r['dense_bytes']):.1%}", '' if r['error'] is None else f"{r['error']:.1g}", r['reason'])
 
-# %% ../nbs/api/43_deploy.ipynb #bd45798a
+# %% ../nbs/api/43_deploy.ipynb #6d481c23
 def folded(rows: list, most: int = 40) -> list[tuple[str, ...]]:
     "The rows as text; of many, the first and the last."
     body = [cells(r) for r in rows]
     return body if len(body) <= most else body[:most // 2] + [(f'… {len(body) - most} more', *[''] * (len(COLUMNS) - 1))] + body[-most // 2:]
 
-# %% ../nbs/api/43_deploy.ipynb #136fe4ac
+# %% ../nbs/api/43_deploy.ipynb #4ad29b87
+def fused_text(r: dict[str, Any]) -> str:
+    "One line of the report: a feed-forward layer that could run in one pass."
+    return f"{r['name'] or 'the model'}: first layers and {r['activation']} in one pass are {r['faster']:.2f}x" + (f", so they stay apart ({r['reason']})" if r['reason'] else '')
+
+# %% ../nbs/api/43_deploy.ipynb #546e07bd
 @dataclass
 class Deployment:
     "What `export` did: one row for each layer, `.whole` for the model, a table in notebooks, `.to_frame()`."
     rows: list[dict[str, Any]]  # name, shape, tokens, sparsity, kernel, dense_ms, sparse_ms, faster, dense_bytes, bytes, error, reason
     whole: dict[str, Any]       # before and after in seconds a batch, items and their unit, error and what is allowed
+    fused: list[dict[str, Any]] = field(default_factory=list)   # feed-forward layers that could run in one pass: name, activation, parts_ms, ms, faster, error, reason
 
     @property
     def total(self) -> dict[str, Any]: # over the layers: how many, how many sparse, ms of the batch dense and as it runs now, bytes
@@ -348,76 +361,163 @@ class Deployment:
     def __repr__(self):
         lines = [COLUMNS, *folded(self.rows)]
         width = [max(len(x[i]) for x in lines) for i in range(len(COLUMNS))]
-        return '\n'.join([*('  '.join(x.ljust(w) for x, w in zip(line, width)).rstrip() for line in lines), self.note])
+        return '\n'.join([*('  '.join(x.ljust(w) for x, w in zip(line, width)).rstrip() for line in lines), *map(fused_text, self.fused), self.note])
     def _repr_html_(self):
         rows = ''.join('<tr>' + ''.join(f'<td>{escape(x)}</td>' for x in line) + '</tr>' for line in folded(self.rows))
-        return f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in COLUMNS)}</tr></thead><tbody>{rows}</tbody></table><p>{escape(self.note)}</p>"
+        return f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in COLUMNS)}</tr></thead><tbody>{rows}</tbody></table><p>{'<br>'.join(escape(x) for x in [*map(fused_text, self.fused), self.note])}</p>"
 
-# %% ../nbs/api/43_deploy.ipynb #546e07bd
+# %% ../nbs/api/43_deploy.ipynb #94fa9878
 def items(batch: Any) -> tuple[int, str]:
     "What a batch counts: tokens when its first tensor holds integers, else samples."
     t = next(tensors(batch))
     return (t.numel(), 'tokens') if not t.is_floating_point() else (t.size(0) if t.ndim else 1, 'samples')
 
-# %% ../nbs/api/43_deploy.ipynb #335f99a3
+# %% ../nbs/api/43_deploy.ipynb #a18c6397
 def timed_model(model: nn.Module, batch: Any, seconds: float) -> tuple[float, Any]: # seconds of a batch, and the output
     "Run the whole model as its caller does."
     with torch.no_grad(), evaluating(model):
         out, device = call(model, batch), next(tensors(batch)).device
         return race({'model': [lambda: call(model, batch)]}, device, seconds)['model'], out
 
-# %% ../nbs/api/43_deploy.ipynb #2d0db823
+# %% ../nbs/api/43_deploy.ipynb #6f6f0b8a
+class Fused:
+    "The forward of a module as a SparseMLP of its own layers; what that does not cover goes the module's own way."
+    def __init__(self, module: nn.Module, names: dict[str, str], activation: str): # names: 'up', 'down' and perhaps 'gate' -> the module's name for it
+        self.module, self.names = module, names
+        self.mlp = SparseMLP(**{k: getattr(module, n) for k, n in names.items()}, activation=activation)
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        m = self.module
+        own = m.training or kw or len(args) != 1
+        own = own or any(getattr(m, n) is not getattr(self.mlp, k) for k, n in self.names.items())
+        return type(m).forward(m, *args, **kw) if own else self.mlp(args[0])
+
+# %% ../nbs/api/43_deploy.ipynb #935555f3
+def with_packed(module: nn.Module, layers: dict[str, SparseLinear]) -> nn.Module:
+    "A module like this one, with these layers in the place of its own; the rest is shared."
+    out = copy.copy(module)
+    out._modules = module._modules | layers  # type: ignore[assignment]
+    return out
+
+def roles(module: nn.Module, # its linear layers are packed
+          x: Tensor) -> tuple[dict[str, str], str, float] | None: # names of up, down and perhaps gate; activation; error
+    "As what feed-forward layer a module computes, by its output for an input; None when it is none."
+    layers, right = {n: m for n, m in module.named_children() if isinstance(m, SparseLinear)}, module(x)
+    for names in permutations(layers) if isinstance(right, Tensor) else ():
+        told = dict(zip(('up', 'down', 'gate'), names))
+        shapes = {k: layers[n].shape for k, n in told.items()}
+        if shapes['up'] != shapes['down'][::-1] or shapes.get('gate', shapes['up']) != shapes['up']: continue
+        for activation in mlp.ACTIVATE:
+            error = difference(SparseMLP(**{k: layers[n] for k, n in told.items()}, activation=activation)(x), right)
+            if error <= ALLOWED[x.dtype]: return told, activation, error
+    return None
+
+# %% ../nbs/api/43_deploy.ipynb #a42f2de0
+def feed_forward(inner: nn.Module, new: Sequence[tuple[Site, SparseLinear]]) -> dict[str, dict[str, SparseLinear]]: # by the module's name: new layers by their names in it
+    "The modules that hold two or three of the new layers, and nothing that a fused layer would pass by."
+    found: dict[str, dict[str, SparseLinear]] = {}
+    for s, m in new:
+        if s.module is inner: continue
+        above, _, last = s.name.rpartition('.')[0].rpartition('.')
+        if submodule(inner, above)._modules[last] is s.module: found.setdefault(above, {})[last] = m
+    return {n: ms for n, ms in found.items() if len(ms) in (2, 3) and 'forward' not in vars(submodule(inner, n))}
+
+def one_pass(layer: Layer, packed: dict[str, SparseLinear], told: tuple[dict[str, str], str, float], model_bytes: int, seconds: float, graph: bool) -> tuple[float, float]:
+    "Seconds that a batch spends in a feed-forward module, layer by layer and in one pass."
+    some, total = next(iter(packed.values())).values, [0., 0.]
+    n = outgrow(sum(m.packed.nbytes for m in packed.values()), model_bytes, some.device)
+    apart = [with_packed(layer.module, copy.deepcopy(packed)) for _ in range(n)]
+    together = [Fused(m, *told[:2]) for m in apart]
+    for rows, k in layer.calls.items():
+        ways: dict[str, list[Callable[[], Any]]] = {name: [partial(f, layer.inputs[rows]) for f in fs] for name, fs in (('apart', apart), ('together', together))}
+        for i, t in enumerate(race(ways, some.device, seconds / len(layer.calls), graph).values()): total[i] += k * t
+    return total[0], total[1]
+
+# %% ../nbs/api/43_deploy.ipynb #c9fa84ec
+def fuse(inner: nn.Module, new: Sequence[tuple[Site, SparseLinear]], batch: Any, model_bytes: int, seconds: float, gain: float, graph: bool
+         ) -> tuple[list[dict[str, Any]], list[tuple[nn.Module, dict[str, str], str]]]: # rows of the report; modules to fuse, their layers and activation
+    "Race every feed-forward module of new layers that a kernel takes at once; those alike are one race."
+    found, rows, made = feed_forward(inner, new), [], []
+    seen: dict[tuple, tuple[float, float]] = {}
+    layers = watch(inner, [Site(n, submodule(inner, n)) for n in found], batch)
+    with evaluating(inner):
+        for l in layers:
+            packed, x = found[l.site.name], l.inputs[max(l.inputs)]
+            try: told = roles(with_packed(l.module, packed), x)
+            except Exception: told = None                                      # it takes no rows alone, or more than one input
+            part = {k: packed[n].packed for k, n in told[0].items()} if told else {}
+            if not told or not all(mlp.fuses(t, part['up'], part.get('gate')) for t in l.inputs.values()): continue
+            key = told[1], tuple(sorted(l.calls.items())), *((k, p.shape, p.dtype, round(p.values.numel() / math.prod(p.shape), 2)) for k, p in part.items())
+            if key not in seen: seen[key] = one_pass(l, packed, told, model_bytes, seconds / len(layers), graph)
+            apart, together = seen[key]
+            slow = apart / together < gain
+            rows.append(dict(name=l.site.name, activation=told[1], parts_ms=apart * 1e3, ms=together * 1e3, faster=apart / together, error=told[2], reason=f'less than {gain:g}x' if slow else ''))
+            if not slow: made.append((l.module, *told[:2]))
+    return rows, made
+
+# %% ../nbs/api/43_deploy.ipynb #404edcef
 TURNS = 4, 50  # of the whole model, at least and at most
 
-def place(inner: nn.Module, new: Sequence[tuple[Site, SparseLinear]], sparse: bool) -> None:
-    "Put the new layers in, or the old ones back; a layer that is there already stays."
+def place(inner: nn.Module, new: Sequence[tuple[Site, SparseLinear]], sparse: bool, fused: Sequence[tuple[nn.Module, dict[str, str], str]] = ()) -> None:
+    "Put the new layers in and fuse them, or the old ones back; a layer that is there already stays."
     for s, m in new: exchange(inner, *((s.module, m) if sparse else (m, s.module)))
+    for module, names, activation in fused:
+        vars(module).pop('forward', None)
+        if sparse: module.forward = Fused(module, names, activation)  # type: ignore[method-assign]
 
-def turns(model: nn.Module, inner: nn.Module, out: nn.Module, batch: Any, new: Sequence[tuple[Site, SparseLinear]], seconds: float) -> tuple[float, float]:
+def turns(model: nn.Module, inner: nn.Module, out: nn.Module, batch: Any, new: Sequence[tuple[Site, SparseLinear]], seconds: float, fused: Sequence = ()) -> tuple[float, float]:
     "Seconds of a batch, dense and sparse in turns; the sparse layers are in at the end. The first call of a turn is not counted."
     device, start = next(tensors(batch)).device, time.monotonic()
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(TURNS[1]):
         if i >= TURNS[0] and time.monotonic() - start > seconds: break
         for sparse, who in enumerate((model, out)):
-            place(inner, new, bool(sparse))
+            place(inner, new, bool(sparse), fused)
             with torch.no_grad(), evaluating(who): times[sparse].append(stopwatch([partial(call, who, batch)], device)())
     return settled(times[0], device), settled(times[1], device)
 
-# %% ../nbs/api/43_deploy.ipynb #143dca06
-def swapped(model: nn.Module, batch: Any, new: list[tuple[Site, SparseLinear]], seconds: float, allowed: float | None) -> tuple[nn.Module, dict[str, Any]]:
+# %% ../nbs/api/43_deploy.ipynb #ce3e1545
+def swapped(model: nn.Module, batch: Any, new: list[tuple[Site, SparseLinear]], seconds: float, allowed: float | None, fused: Sequence = ()) -> tuple[nn.Module, dict[str, Any]]:
     "Put layers in, time and compare the whole model; any error puts the old ones back."
     inner, out = unwrapped(model), next((m for s, m in new if s.module is model), model)
     with torch.no_grad(), evaluating(model): right = call(model, batch)
     kinds = [t.dtype for t in tensors(right) if t.is_floating_point()]
     allowed = max((ALLOWED_WHOLE.get(k, .05) for k in kinds + [s.weight.dtype for s, _ in new]), default=.05) if allowed is None else allowed
     try:
-        place(inner, new, True)
+        place(inner, new, True, fused)
         with torch.no_grad(), evaluating(out): error = mean_difference(call(out, batch), right)
         if error > allowed: raise ValueError(f"the outputs differ by {error:.2g} in the mean, and {allowed:.2g} is allowed: pass a larger tolerance=, or fewer sites=")
-        before, after = turns(model, inner, out, batch, new, seconds) if new else [timed_model(model, batch, seconds)[0]] * 2
+        before, after = turns(model, inner, out, batch, new, seconds, fused) if new else [timed_model(model, batch, seconds)[0]] * 2
     except BaseException as e:
-        place(inner, new, False)
+        place(inner, new, False, fused)
         if isinstance(e, AttributeError) and 'SparseLinear' in str(e):
             raise ValueError(f"{type(inner).__name__} looks into its layers ({e}): leave those out with sites=; nothing was changed") from e
         raise
     n, unit = items(batch)
     return out, dict(before=before, after=after, items=n, unit=unit, error=error, allowed=allowed)
 
-# %% ../nbs/api/43_deploy.ipynb #6f6f0b8a
+# %% ../nbs/api/43_deploy.ipynb #211ef944
 def worth(model: nn.Module, sites: Sites | Sequence[Site] | None, batch: Any) -> tuple[list[Layer], dict[str, str]]: # layers; why others stay
     "The linear layers of a model that a batch reaches and that can be exchanged. ValueError when there are none."
     inner = unwrapped(model)
     check_batch(inner, batch)
-    ss = find_sites(inner) if sites is None else sites
+    ss = dense_sites(inner) if sites is None else sites
+    if sites is None and not ss: raise ValueError(f"every layer of {type(inner).__name__} that is not an output head is packed already: nothing is left to exchange; save_sparse it and load_sparse that into a dense model to begin again")
     if not ss: raise ValueError("sites=[] names no layer: leave it out for all, or pass sw.sites(model, include=…)")
-    left = {s.name: why for s in ss if (why := why_left(inner, s))}
+    left = {s.name: why for s in ss if (why := why_left(model, s))}
     if len(left) == len(ss): raise ValueError(f"{type(inner).__name__} has no linear layer to exchange: {'; '.join(f'{n}: {w}' for n, w in list(left.items())[:3])}")
     layers = watch(inner, [s for s in ss if s.name not in left], batch)
     left |= {s.name: 'not reached by the example input' for s in ss if s.name not in {*left, *(l.site.name for l in layers)}}
     return layers, left
 
-# %% ../nbs/api/43_deploy.ipynb #935555f3
+# %% ../nbs/api/43_deploy.ipynb #44a9f503
+def packed_row(name: str, m: SparseLinear) -> dict[str, Any]:
+    "One row of the report, of a layer that was packed before."
+    n, p = math.prod(m.shape), m.packed
+    block = tuple(m.values.shape[1:]) if m.format == 'block' else None
+    return dict(name=name, shape=m.shape, tokens=0, sparsity=1 - torch.count_nonzero(p.values).item() / max(1, n), kernel=str(Candidate(m.format, block, m.format, 0)),  # type: ignore[arg-type]
+                dense_ms=None, sparse_ms=None, faster=None, dense_bytes=n * p.dtype.itemsize, bytes=p.nbytes, error=None, reason='packed already')
+
+# %% ../nbs/api/43_deploy.ipynb #8ebf5a59
 def export(model: nn.Module, # pruned; its layers are exchanged in place
            example_input: Any, # a batch as the model will get it: a tensor, a tuple of arguments, or a dict of keywords
            budget: float = 30., # seconds to spend on measuring; layers beyond stay dense
@@ -429,20 +529,21 @@ def export(model: nn.Module, # pruned; its layers are exchanged in place
     "Put the fastest correct kernel behind every linear layer, or leave it dense and say why. All or nothing: an error changes nothing."
     if not gain > 0: raise ValueError(f"gain={gain} is how many times faster a layer must be to be exchanged: a number above 0, such as 1.05")
     layers, left = worth(model, sites, example_input)
-    ss = find_sites(unwrapped(model)) if sites is None else sites
+    ss, there = dense_sites(unwrapped(model)) if sites is None else sites, packed_layers(model)
     if not any(bool((s.weight == 0).any()) for s in ss):
-        raise ValueError(f"no weight of {type(unwrapped(model)).__name__} is zero: prune it first; sw.advise(model, example_input) tells what would pay")
+        raise ValueError(f"no weight of {type(unwrapped(model)).__name__} {'that is not packed already ' if there else ''}is zero: prune it first; sw.advise(model, example_input) tells what would pay")
     if graph and any(l.site.weight.device.type != 'cuda' for l in layers): raise ValueError("graph=True replays CUDA graphs, and the model is not on a CUDA device")
     size = sum(p.nbytes for p in model.parameters())
     with torch.no_grad():
         results = measure(layers, size, .7 * budget, graph)
         done = {l.site.name: settle(l, *results[l.site.name], gain) for l in layers}
-    rows = [done[s.name][0] if s.name in done else dense_row(s, 0, reason=left[s.name]) for s in ss]
-    new = [(l.site, m) for l in layers if (m := done[l.site.name][1]) is not None]
-    out, whole = swapped(model, example_input, new, .3 * budget, tolerance)
-    return out, Deployment(rows, whole)
+        new = [(l.site, m) for l in layers if (m := done[l.site.name][1]) is not None]
+        fused, made = fuse(unwrapped(model), new, example_input, size, .1 * budget, gain, graph)
+    rows = [done[s.name][0] if s.name in done else dense_row(s, 0, reason=left[s.name]) for s in ss] + [packed_row(n, m) for n, m in there.items()]
+    out, whole = swapped(model, example_input, new, .2 * budget, tolerance, made)
+    return out, Deployment(rows, whole, fused)
 
-# %% ../nbs/api/43_deploy.ipynb #404edcef
+# %% ../nbs/api/43_deploy.ipynb #720cfb08
 def machine(device: torch.device, dtype: torch.dtype, seconds: float = 1.) -> tuple[float, float]:
     "Operations per second of a large dense product, bytes per second of a large copy."
     n = 8192 if device.type == 'cuda' else 768
@@ -454,12 +555,12 @@ def machine(device: torch.device, dtype: torch.dtype, seconds: float = 1.) -> tu
     copied = race({'copy': [partial(target.copy_, s) for s in source]}, device, seconds)['copy']
     return 2 * n**3 / product_, 2 * target.nbytes / copied
 
-# %% ../nbs/api/43_deploy.ipynb #7a792bb1
+# %% ../nbs/api/43_deploy.ipynb #f64ed031
 def limit(p: Packed, tokens: int, rate: float, speed: float) -> float:
     "Seconds that the stored work and the bytes that must move take at least."
     return max(2 * tokens * p.values.numel() / rate, (p.nbytes + tokens * sum(p.shape) * p.dtype.itemsize) / speed)
 
-# %% ../nbs/api/43_deploy.ipynb #735efddc
+# %% ../nbs/api/43_deploy.ipynb #d6ca04c9
 def would(layer: Layer, p: Pattern, sparsity: float) -> Layer:
     "The layer with random zeros of a pattern; the model's own is not touched."
     w, g = layer.site.weight, torch.Generator(layer.site.weight.device).manual_seed(0)
@@ -468,7 +569,7 @@ def would(layer: Layer, p: Pattern, sparsity: float) -> Layer:
     with torch.no_grad(): m.weight.copy_(torch.randn(w.shape, generator=g, device=w.device).where(mask, 0))
     return Layer(Site(layer.site.name, m), layer.calls, layer.inputs)
 
-# %% ../nbs/api/43_deploy.ipynb #e25f2bff
+# %% ../nbs/api/43_deploy.ipynb #5e80bdc1
 def break_even(points: Sequence[tuple[float, float]]) -> float | None: # (sparsity, times faster), None when it is always slower
     "The sparsity from which a pattern is faster, between the measured points on a straight line through the logarithms."
     points = sorted(points)
@@ -478,7 +579,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float | None: # (sparsi
     (s0, f0), (s1, f1) = points[after - 1:after + 1]
     return s0 + (s1 - s0) * math.log(1 / f0) / math.log(f1 / f0)
 
-# %% ../nbs/api/43_deploy.ipynb #474acb37
+# %% ../nbs/api/43_deploy.ipynb #9b4ab967
 @dataclass
 class Advice:
     "What pruning would bring here: `.rows` by shape, pattern and sparsity, `.model` for the whole model, `.plot()`, `.to_frame()`."
@@ -505,7 +606,7 @@ class Advice:
         "Times faster than dense over sparsity; dashed: what the machine would allow."
         return plot_advice(self, axes)
 
-# %% ../nbs/api/43_deploy.ipynb #1ae102a1
+# %% ../nbs/api/43_deploy.ipynb #b150c985
 COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 
 def plot_advice(advice: Advice, axes: Any = None) -> Any: # the axes, one for each shape
@@ -530,7 +631,7 @@ def plot_advice(advice: Advice, axes: Any = None) -> Any: # the axes, one for ea
     axes[0].legend(fontsize=8)
     return axes
 
-# %% ../nbs/api/43_deploy.ipynb #4c02be2b
+# %% ../nbs/api/43_deploy.ipynb #98264d0d
 def opinion(layer: Layer, count: int, p: Pattern, name: str, sparsity: float, peak: tuple[float, float], size: int, seconds: float, graph: bool) -> dict[str, Any]:
     "One row: the fastest way to run a layer with random zeros of this pattern, beside the dense layer and the machine's limit."
     row: dict[str, Any] = dict(shape=tuple(layer.site.weight.shape), tokens=sum(n * k for n, k in layer.calls.items()), layers=count, pattern=name, sparsity=p.sparsity or sparsity,
@@ -547,7 +648,7 @@ def opinion(layer: Layer, count: int, p: Pattern, name: str, sparsity: float, pe
     t, dense = times[i + 1], times[0]
     return row | dict(kernel=str(found[i]), sparse_ms=t * 1e3, faster=dense / t, at_most=dense / least, of_limit=least / t)
 
-# %% ../nbs/api/43_deploy.ipynb #8722a359
+# %% ../nbs/api/43_deploy.ipynb #b1610ef3
 def whole_model(rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
     "The time of a batch when every layer takes its faster way and all else stays, by pattern and sparsity."
     out = []
@@ -559,7 +660,7 @@ def whole_model(rows: Sequence[dict[str, Any]], seconds: float) -> list[dict[str
         out.append(dict(pattern=p, sparsity=s, dense_ms=seconds * 1e3, ms=t * 1e3, faster=seconds / t))
     return out
 
-# %% ../nbs/api/43_deploy.ipynb #f64ed031
+# %% ../nbs/api/43_deploy.ipynb #f29c0a1e
 def same_dense(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]: # of one layer
     "The rows with the smallest dense time of all, and what follows from it."
     dense = min((r['dense_ms'] for r in rows if r['dense_ms']), default=None)
@@ -569,18 +670,18 @@ def same_dense(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]: # of one
         return r | dict(dense_ms=dense, faster=dense / r['sparse_ms'], at_most=dense / r['sparse_ms'] / r['of_limit'])
     return [beside(r) for r in rows]
 
-# %% ../nbs/api/43_deploy.ipynb #8fe68b33
+# %% ../nbs/api/43_deploy.ipynb #85a2bc4d
 def questions(patterns: Any, sparsities: Any) -> list[tuple[Pattern, str, float]]: # pattern, its name, sparsity
     "What to ask of every layer: each pattern at each sparsity, or at its own. ValueError for none, or for what is no fraction."
     patterns = [patterns] if isinstance(patterns, (str, Pattern)) else list(patterns)
-    sparsities = [sparsities] if isinstance(sparsities, (int, float)) else list(sparsities)
-    bad = [s for s in sparsities if not 0 < s < 1]
+    sparsities = [sparsities] if isinstance(sparsities, (int, float, str)) else list(sparsities)
+    bad = [s for s in sparsities if not isinstance(s, (int, float)) or not 0 < s < 1]
     if bad or not sparsities: raise ValueError(f"sparsities are fractions of zeros between 0 and 1, not {bad or sparsities}")
     if not patterns: raise ValueError("patterns=[] asks nothing: name some, such as ['2:4', 'block64']")
     named = [(read_pattern(p), str(p) if isinstance(p, str) else repr(p).partition(':')[0]) for p in patterns]
     return [(p, name, s) for p, name in named for s in (sparsities if p.sparsity is None else [p.sparsity])]
 
-# %% ../nbs/api/43_deploy.ipynb #8e164b51
+# %% ../nbs/api/43_deploy.ipynb #db55f830
 def advise(model: nn.Module, # not changed
            example_input: Any, # a batch as the model will get it
            patterns: Any = ('2:4', 'block64', 'unstructured'), # one or several of anything that sw.pattern reads

@@ -11,15 +11,16 @@ __all__ = ['CHUNK', 'INTS', 'PIECE', 'LOWS', 'SIDES', 'GROUPS', 'SPARSE', 'FORMA
            'put_gaps', 'costs', 'any_of', 'pools', 'block_costs', 'grouped', 'group_costs', 'all_costs', 'wanted',
            'signed_zeros', 'cheapest', 'tiles', 'write_groups', 'write_parts', 'read_twin', 'put_tiles', 'put_blocks',
            'put_parts', 'read_parts', 'storable', 'check_plain', 'packed_layers', 'plain_weight', 'layout', 'state',
-           'contents', 'unwrapped', 'whole_name', 'chosen', 'sizes', 'store', 'detached', 'goals', 'collected',
-           'class_path', 'write_config', 'check_target', 'whole', 'side_by_side', 'digest', 'fingerprint', 'seal',
+           'contents', 'whole_name', 'chosen', 'sizes', 'store', 'detached', 'goals', 'collected', 'class_path',
+           'write_config', 'check_target', 'whole', 'put_in_place', 'side_by_side', 'digest', 'fingerprint', 'seal',
            'package_version', 'save_sparse', 'read_json', 'take', 'check_layout', 'check_entry', 'manifest',
            'check_files', 'count_ones', 'check_part', 'check_bits', 'mapped', 'check_gaps', 'check_numbers',
            'check_parts', 'payloads', 'check_fit', 'fill', 'clean', 'builder', 'retyped', 'generation', 'Blank',
-           'rebuilt', 'packed_linear', 'exchange', 'kernel_format', 'hooked', 'with_kernels', 'load_sparse',
-           'masks_from_zeros', 'from_torch_prune']
+           'rebuilt', 'packed_linear', 'exchange', 'kernel_format', 'hooked', 'wrapped_alone', 'with_kernels',
+           'load_sparse', 'dense_sites', 'masks_from_zeros', 'from_torch_prune']
 
 # %% ../nbs/api/41_formats.ipynb #a8835b07
+import errno
 import hashlib
 import importlib
 import json
@@ -31,7 +32,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from importlib import metadata
@@ -47,7 +48,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .core import Report, Site, named_weights, output_head, sites as find_sites
+from .core import WRAPPERS, Report, Site, Sites, bare_names, candidates, inside, named_weights, output_head, packed_modules, sites as find_sites, submodule, unwrapped
 from .kernels.linear import SparseLinear, choose, pack as pack_weight, unpack as unpack_weight
 
 # %% ../nbs/api/41_formats.ipynb #4b01e8ac
@@ -516,7 +517,7 @@ def check_plain(name: str, t: Any) -> None:
 # %% ../nbs/api/41_formats.ipynb #e4779688
 def packed_layers(model: nn.Module) -> dict[str, SparseLinear]: # by the name of their weight
     "Layers whose weight is packed, as `export` puts them in."
-    return {f'{n}.weight'.lstrip('.'): m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    return {n: m for n, m in packed_modules(model).items() if isinstance(m, SparseLinear)}
 
 def plain_weight(layer: SparseLinear) -> Tensor:
     "The dense weight of a packed layer, in the order of the layer whose place it took."
@@ -535,9 +536,12 @@ def layout(model: nn.Module, name: str) -> str: # '' for a plain weight
 def state(model: nn.Module) -> Iterator[tuple[str, Any, bool]]: # name, tensor, does the model hold it?
     "The state dict, with the dense weight of every packed layer in the place of its parts."
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
-    layers = packed_layers(model)
+    layers, names = packed_layers(model), bare_names(model)
+    names |= {n.replace(f'{WRAPPERS["ActivationWrapper"]}.', ''): b for n, b in names.items()}       # activation checkpoints do not show in a state dict
     parts = {f'{n.removesuffix("weight")}{p}': n for n, m in layers.items() for p in m.names}
-    for name, t in model.state_dict(keep_vars=True).items():
+    for key, t in model.state_dict(keep_vars=True).items():
+        above, _, last = key.rpartition('.')
+        name = f'{names.get(above, above)}.{last}'.lstrip('.')
         if name not in parts: yield name, t, id(t) in own
         elif name.endswith('values'): yield parts[name], plain_weight(layers[parts[name]]), True
 
@@ -554,11 +558,6 @@ def contents(model: nn.Module) -> list[tuple[str, Tensor, list[str]]]: # name, t
     return list(found.values())
 
 # %% ../nbs/api/41_formats.ipynb #a11a0f35
-def unwrapped(model: nn.Module) -> nn.Module:
-    "The module inside torch.compile; TypeError for what is no module."
-    if not isinstance(model, nn.Module): raise TypeError(f"a model is an nn.Module, not a {type(model).__name__}: pass the module itself")
-    return getattr(model, '_orig_mod', model)
-
 def whole_name(name: str) -> str:
     "The state-dict key that a site belongs to: an expert is a part of the stacked parameter."
     return re.sub(r'\[\d+\]$', '', name)
@@ -670,13 +669,17 @@ def check_target(folder: Path) -> None:
     "FileExistsError when the folder holds something that `save_sparse` did not write."
     if not folder.exists(): return
     if not folder.is_dir(): raise FileExistsError(f"{folder} is a file: name a folder")
-    if folder.samefile('.'): raise FileExistsError(f"{str(folder)!r} is the folder you work in, which cannot be replaced: name another")
-    there = {p.name for p in folder.iterdir()}
+    try: there = {p.name for p in folder.iterdir()} if not folder.samefile('.') else None
+    except FileNotFoundError: return check_target(folder)                       # another process replaces it just now
+    if there is None: raise FileExistsError(f"{str(folder)!r} is the folder you work in, which cannot be replaced: name another")
     if strange := sorted(there - {*FILES, 'sparsity.json'}):
         raise FileExistsError(f"{folder} holds {', '.join(strange[:3])}, which save_sparse did not write: "
                               f"choose another folder, or move that away")
-    if there and ('sparsity.json' not in there or read_json(folder/'sparsity.json').get('format') != MARK):
-        raise FileExistsError(f"{folder} was not written by save_sparse: choose another folder, or remove it")
+    try: mine = not there or 'sparsity.json' in there and read_json(folder/'sparsity.json').get('format') == MARK
+    except (FileNotFoundError, ValueError) as e:
+        if isinstance(e, FileNotFoundError) or str(e).endswith(': missing'): return check_target(folder)
+        raise
+    if not mine: raise FileExistsError(f"{folder} was not written by save_sparse: choose another folder, or remove it")
 
 # %% ../nbs/api/41_formats.ipynb #5075cf5d
 @contextmanager
@@ -685,26 +688,33 @@ def whole(folder: Path, # to make or replace
     "A folder that appears complete or not at all; on an error nothing changes."
     folder = folder.resolve()
     part = folder.with_name(f'.{folder.name}-{secrets.token_hex(4)}')
-    old = part.with_name(part.name + '-old')
     part.mkdir(parents=True)
     try:
         yield part
-        if folder.exists(): folder.rename(old)
-        try: part.rename(folder)
-        except OSError:
-            if old.exists(): old.rename(folder)
-            raise
+        while not put_in_place(part, folder): pass
     finally: shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/api/41_formats.ipynb #1cdcef79
+def put_in_place(part: Path, folder: Path) -> bool: # False when another process took the place in between
+    "Rename a folder to a name that may be taken; who has it goes. On an error it stays."
+    old = part.with_name(f'{part.name}-{secrets.token_hex(4)}-old')
+    with suppress(FileNotFoundError): folder.rename(old)
+    try: part.rename(folder)
+    except OSError as e:
+        if not folder.exists() and old.exists(): old.rename(folder)
+        elif e.errno in (errno.ENOTEMPTY, errno.EEXIST): shutil.rmtree(old, ignore_errors=True)
+        if folder.exists() and e.errno in (errno.ENOTEMPTY, errno.EEXIST): return False
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return True
+
+# %% ../nbs/api/41_formats.ipynb #c23b0499
 SPAN, CORES = 2**24, os.cpu_count() or 1  # bytes of a file that are hashed together; threads that work at the same time
 
 def side_by_side(f: Callable, items: Iterable, threads: int = CORES) -> list:
     "`map` in a few threads; of several errors the one of the first item is raised."
     with ThreadPoolExecutor(min(8, threads)) as pool: return list(pool.map(f, items))
 
-# %% ../nbs/api/41_formats.ipynb #c23b0499
+# %% ../nbs/api/41_formats.ipynb #730416a1
 def digest(path: Path, start: int, size: int) -> bytes:
     "SHA-256 of a part of a file."
     found, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
@@ -731,7 +741,7 @@ def package_version() -> str | None: # None when the package is used without bei
     try: return metadata.version('sparse_workbench')
     except metadata.PackageNotFoundError: return None
 
-# %% ../nbs/api/41_formats.ipynb #730416a1
+# %% ../nbs/api/41_formats.ipynb #7e52c8e7
 def save_sparse(model: nn.Module, # any model; it is not changed
                 folder: str | Path, # made, or replaced when `save_sparse` wrote it
                 format: str = 'auto', # of prunable weights: the smallest for each, or 'dense', 'bitmask', 'csr', 'nm', 'block', '2:4', 'block64x32' …
@@ -752,7 +762,7 @@ def save_sparse(model: nn.Module, # any model; it is not changed
         (part/'sparsity.json').write_text(json.dumps(head | dict(sha256=seal(head)), indent=1, allow_nan=False), encoding='utf-8')
     return folder
 
-# %% ../nbs/api/41_formats.ipynb #7532c923
+# %% ../nbs/api/41_formats.ipynb #8180f7fc
 MOST_JSON = 2**26  # bytes of a description: room for hundreds of thousands of tensors
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -770,7 +780,7 @@ def take(d: dict[str, Any], key: str, kind: type, where: str) -> Any:
     if type(d[key]) is not kind: raise ValueError(f"{where}: {key!r} must be {kind.__name__}, not {d[key]!r:.60}")
     return d[key]
 
-# %% ../nbs/api/41_formats.ipynb #8180f7fc
+# %% ../nbs/api/41_formats.ipynb #da7c8d84
 def check_layout(e: dict[str, Any], shape: list[int], where: str) -> None:
     "ValueError when what a format says about itself does not fit the shape and the number of values."
     if e['format'] == 'csr' and not 0 <= take(e, 'planes', int, where) <= LOWS: raise ValueError(f"{where}: 'planes' is {e['planes']!r:.60}, and a gap has 0 to {LOWS}")
@@ -784,7 +794,7 @@ def check_layout(e: dict[str, Any], shape: list[int], where: str) -> None:
         if len(size) != 2 or not all(type(x) is int and x > 0 for x in size) or m[0] % size[0] or m[1] % size[1] or e['nnz'] % math.prod(size):
             raise ValueError(f"{where}: 'block' {size!r:.60} does not give {e['nnz']!r:.60} values of {shape}")
 
-# %% ../nbs/api/41_formats.ipynb #da7c8d84
+# %% ../nbs/api/41_formats.ipynb #ca54f4bc
 def check_entry(name: str, e: Any, where: str) -> None:
     "ValueError when the description of a tensor is not one."
     where = f'{where}: tensor {name!r:.200}'
@@ -805,7 +815,7 @@ def check_entry(name: str, e: Any, where: str) -> None:
     if not 0 <= take(e, 'nnz', int, where) <= n: raise ValueError(f"{where}: 'nnz' is {e['nnz']!r:.60}, and {shape} has {n} weights")
     check_layout(e, shape, where)
 
-# %% ../nbs/api/41_formats.ipynb #ca54f4bc
+# %% ../nbs/api/41_formats.ipynb #df07b00d
 def manifest(folder: str | Path, # from `save_sparse`
              ) -> dict[str, Any]: # the content of sparsity.json: class, note, files, and `tensors` by name
     "Read and check the description of a saved model; the weights are not opened. ValueError names what is wrong."
@@ -823,7 +833,7 @@ def manifest(folder: str | Path, # from `save_sparse`
     if twice := [n for n, k in names.items() if k > 1]: raise ValueError(f"{path}: tensor {twice[0]!r:.200} is there twice")
     return m
 
-# %% ../nbs/api/41_formats.ipynb #10bc3ff4
+# %% ../nbs/api/41_formats.ipynb #4562cdcd
 def check_files(folder: Path, files: dict[str, Any]) -> None:
     "ValueError when a file is missing, of another size, or damaged."
     where = f"{folder/'sparsity.json'}: files"
@@ -839,7 +849,7 @@ def check_files(folder: Path, files: dict[str, Any]) -> None:
         if fingerprint(path, span)['sha256'] != sha:
             raise ValueError(f"{path}: damaged, its checksum is not the one in sparsity.json: copy it again")
 
-# %% ../nbs/api/41_formats.ipynb #e67d6b66
+# %% ../nbs/api/41_formats.ipynb #e3f6a242
 def count_ones(bits: Tensor) -> int: # (bytes,) uint8
     "How many bits are set; eight bytes at a time."
     b, words = bits.numpy(), len(bits) // 8
@@ -859,7 +869,7 @@ def check_bits(bits: Tensor, # (bytes,) uint8
     if n != nnz: raise ValueError(f"{where} has {n} ones for {nnz} values")
     if weights % 8 and int(bits[-1]) >> weights % 8: raise ValueError(f"{where} has ones after the last of its {weights} weights")
 
-# %% ../nbs/api/41_formats.ipynb #4a93cc24
+# %% ../nbs/api/41_formats.ipynb #73fbbb36
 def mapped(path: Path) -> dict[str, Tensor]: # on the CPU; the bytes are read when they are used
     "The tensors of a safetensors file; ValueError when it is none."
     try:
@@ -867,7 +877,7 @@ def mapped(path: Path) -> dict[str, Tensor]: # on the CPU; the bytes are read wh
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError, AttributeError, KeyError) as e:
         raise ValueError(f"{path}: not a readable safetensors file ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/api/41_formats.ipynb #712673ac
+# %% ../nbs/api/41_formats.ipynb #fb1dc936
 def check_gaps(low: Tensor, high: Tensor, weights: int, nnz: int, where: str) -> None:
     "ValueError when gaps do not lead to `nnz` places inside the weight."
     n = count_ones(high)
@@ -878,13 +888,13 @@ def check_gaps(low: Tensor, high: Tensor, weights: int, nnz: int, where: str) ->
     last = (last << len(low)) + sum(count_ones(plane) << k for k, plane in enumerate(low)) + nnz
     if last > weights: raise ValueError(f"{where}: its last value lies at {last}, after the last of {weights} weights")
 
-# %% ../nbs/api/41_formats.ipynb #fb1dc936
+# %% ../nbs/api/41_formats.ipynb #8991bf5d
 def check_numbers(data: Tensor, groups: int, ways: int, where: str) -> None:
     "ValueError when words do not hold `groups` numbers below `ways`."
     words, g = read_words(data.numpy(), ways), digits(ways)[0]
     if len(words) and (words.max() >= ways**g or words[-1] >= ways**(groups % g or g)): raise ValueError(f"{where + PLACES} holds a number that names no places")
 
-# %% ../nbs/api/41_formats.ipynb #8991bf5d
+# %% ../nbs/api/41_formats.ipynb #e346dc25
 def check_parts(parts: dict[str, Tensor], e: dict[str, Any], where: str) -> None:
     "ValueError when the stored tensors are not what their entry says."
     how, n, nnz = e['format'], math.prod(e['shape']), e.get('nnz', 0)
@@ -903,7 +913,7 @@ def check_parts(parts: dict[str, Tensor], e: dict[str, Any], where: str) -> None
         check_part(parts[PLACES], [places_bytes(groups, e['keep'], e['of'])], 'uint8', where + PLACES)
         check_numbers(parts[PLACES], groups, ways, where)
 
-# %% ../nbs/api/41_formats.ipynb #e346dc25
+# %% ../nbs/api/41_formats.ipynb #4c6388e3
 def payloads(folder: Path, # from `save_sparse`
              entries: dict[str, dict], # of its sparsity.json
              ) -> dict[str, dict[str, Tensor]]: # by name: what is stored, by the ending of its name
@@ -917,7 +927,7 @@ def payloads(folder: Path, # from `save_sparse`
     side_by_side(lambda n: check_parts(found[n], entries[n], f'{path}: tensor {n!r:.200}'), entries)
     return found
 
-# %% ../nbs/api/41_formats.ipynb #e1b389e8
+# %% ../nbs/api/41_formats.ipynb #7044d3dd
 def check_fit(path: Path, entries: dict[str, dict], model: nn.Module,
               ) -> dict[str, Tensor]: # the model's tensors by name, tied ones under each
     "ValueError that names the first thing in which file and model differ."
@@ -937,7 +947,7 @@ def check_fit(path: Path, entries: dict[str, dict], model: nn.Module,
         if owner[first] != owner[n]: raise ValueError(f"{where} is tied to {first!r} in the {kind}, and not in the file: untie them first")
     return {n: t for n, (t, _) in held.items()}
 
-# %% ../nbs/api/41_formats.ipynb #7044d3dd
+# %% ../nbs/api/41_formats.ipynb #d23b056f
 def fill(held: dict[str, Tensor], entries: dict[str, dict], data: dict[str, dict[str, Tensor]]) -> None:
     "Write checked payloads into the tensors of a model, in place, several at a time and the large ones first."
     def write(name: str) -> None:
@@ -945,7 +955,7 @@ def fill(held: dict[str, Tensor], entries: dict[str, dict], data: dict[str, dict
             for t in {id(held[n]): held[n] for n in (name, *entries[name]['aliases'])}.values(): read_parts(data[name], entries[name], t)
     side_by_side(write, sorted(entries, key=lambda n: -held[n].nbytes))
 
-# %% ../nbs/api/41_formats.ipynb #2527ee17
+# %% ../nbs/api/41_formats.ipynb #7dc90c3c
 EXPANSION = 256    # times the file: zeros of 99.6 % in 16 bits; what asks for more is built by its owner and passed as model=
 SPARE = 2**30      # bytes for buffers that are computed and not stored
 DROPPED = re.compile(r'.*implementation.*|auto_map|use_pretrained_backbone|num_labels')
@@ -963,7 +973,7 @@ def clean(raw: Any, # parsed config.json, or a part of it
             raise ValueError(f"{where}: {key!r} is {value!r:.60}, more than the file has tensors for")
     return {k: clean(v, most, where) for k, v in raw.items() if not DROPPED.fullmatch(k)}
 
-# %% ../nbs/api/41_formats.ipynb #7dc90c3c
+# %% ../nbs/api/41_formats.ipynb #e8303a3b
 def builder(kind: str, # a class that `class_path` names
             raw: dict[str, Any], # cleaned config.json
             where: str) -> Callable[[], nn.Module]:
@@ -978,7 +988,7 @@ def builder(kind: str, # a class that `class_path` names
         raise ValueError(f"{where}: class {kind!r} is not a model of transformers {home.__version__}: pass model=")
     return lambda: cls._from_config(cls.config_class.from_dict(json.loads(json.dumps(raw))))
 
-# %% ../nbs/api/41_formats.ipynb #e8303a3b
+# %% ../nbs/api/41_formats.ipynb #56dc157c
 def retyped(model: nn.Module, entries: dict[str, dict]) -> nn.Module:
     "The same model with floating-point tensors in the dtype that the file gives them; those that change are left empty."
     for name, t, _ in contents(model):
@@ -992,7 +1002,7 @@ def generation(path: Path) -> Any:
     try: return kind.from_dict(raw)
     except Exception as e: raise ValueError(f"{path}: no generation settings ({type(e).__name__}: {e})") from e
 
-# %% ../nbs/api/41_formats.ipynb #7e4af386
+# %% ../nbs/api/41_formats.ipynb #f7d554bf
 class Blank(TorchFunctionMode):
     "While a model is built, functions that fill its parameters are left out: a file is about to do that."
     def __init__(self, kind: type = nn.Parameter): # what is not filled
@@ -1004,7 +1014,7 @@ class Blank(TorchFunctionMode):
         if isinstance(x, self.kind) and re.fullmatch(r'.*[^_]_', name) and name != 'requires_grad_': return x
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/api/41_formats.ipynb #f7d554bf
+# %% ../nbs/api/41_formats.ipynb #9e51b45c
 def rebuilt(folder: Path,
             m: dict[str, Any], # from `manifest`
             device: str | torch.device) -> nn.Module: # in evaluation mode; its weights are still to be filled in
@@ -1029,7 +1039,7 @@ def rebuilt(folder: Path,
     if settings is not None: model.generation_config = settings
     return model
 
-# %% ../nbs/api/41_formats.ipynb #df3e1015
+# %% ../nbs/api/41_formats.ipynb #70c2a532
 def packed_linear(module: nn.Module, # Linear, or Conv1D of transformers
                   format: str, block: tuple[int, int] | None, # of the operator
                   exact: bool = True, # store a -0.0; otherwise only what is not zero
@@ -1044,14 +1054,14 @@ def packed_linear(module: nn.Module, # Linear, or Conv1D of transformers
     if turned: out.turned = True  # type: ignore[assignment]
     return out
 
-# %% ../nbs/api/41_formats.ipynb #70c2a532
+# %% ../nbs/api/41_formats.ipynb #6b2fb87b
 def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     "Put a module in the place of another, under all its names."
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old: parent._modules[name] = new
 
-# %% ../nbs/api/41_formats.ipynb #6b2fb87b
+# %% ../nbs/api/41_formats.ipynb #c0bf6923
 def kernel_format(e: dict[str, Any], turned: bool) -> tuple[str, tuple[int, int] | None] | None:
     "The operator's format and block of a stored weight, when it has one."
     if e['format'] == 'csr': return 'block', (1, 1)
@@ -1059,24 +1069,28 @@ def kernel_format(e: dict[str, Any], turned: bool) -> tuple[str, tuple[int, int]
     if e['format'] == 'nm' and (e['keep'], e['of'], e['axis']) == (2, 4, 0 if turned else 1): return '2:4', None
     return ('bitmask', None) if e['format'] == 'bitmask' else None
 
-# %% ../nbs/api/41_formats.ipynb #c0bf6923
+# %% ../nbs/api/41_formats.ipynb #87d0406b
 def hooked(m: nn.Module) -> bool:
     "Does a layer have hooks, or a forward of its own? A packed one in its place would run neither."
     return 'forward' in vars(m) or any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+
+def wrapped_alone(model: nn.Module, layer: nn.Module) -> str: # '' when no wrapper is around the layer itself
+    "The wrapper of torch that holds a layer: it goes on calling the layer that it was made of."
+    return next((type(m).__name__ for m in model.modules() if (n := inside(m)) and getattr(m, n) is layer), '')
 
 def with_kernels(model: nn.Module, entries: dict[str, dict]) -> None:
     "Pack the linear layers that were packed, or else all that are stored so, where a kernel of this machine multiplies them."
     some = {n: e for n, e in entries.items() if e.get('packed')} or entries
     for name, e in some.items():
-        m = model.get_submodule(name.rpartition('.')[0])
-        if e['aliases'] or name.rpartition('.')[2] != 'weight' or type(m) is not nn.Linear and type(m).__name__ != 'Conv1D' or m is model or hooked(m): continue
+        m = submodule(model, name.rpartition('.')[0])
+        if e['aliases'] or name.rpartition('.')[2] != 'weight' or type(m) is not nn.Linear and type(m).__name__ != 'Conv1D' or m is model or hooked(m) or wrapped_alone(model, m): continue
         if (found := kernel_format(e, type(m) is not nn.Linear)) is None: continue
         new = packed_linear(m, *found)
         try: reference = choose(found[0], new.values, 256).device is None
         except LookupError: continue
         if not reference: exchange(model, m, new)
 
-# %% ../nbs/api/41_formats.ipynb #87d0406b
+# %% ../nbs/api/41_formats.ipynb #68a0a8c7
 def load_sparse(folder: str | Path, # from `save_sparse`
                 model: nn.Module | None = None, # filled in place, where it lies; default: built from the folder
                 device: str | torch.device = 'cpu', # of a model that is built here
@@ -1096,17 +1110,26 @@ def load_sparse(folder: str | Path, # from `save_sparse`
     if kernels: with_kernels(target, m['tensors'])
     return target if model is None else model
 
-# %% ../nbs/api/41_formats.ipynb #329293ef
+# %% ../nbs/api/41_formats.ipynb #cb496cdd
+def dense_sites(model: nn.Module) -> Sites: # empty when `export` has packed them all
+    "The prunable weights but output heads that are not packed."
+    some = any(not output_head(model, n, s.module) for n, s in candidates(model))
+    return find_sites(model) if some or not packed_layers(model) else Sites()
+
 def masks_from_zeros(model: nn.Module,
-                     sites: Iterable[Site] | None = None, # default: every prunable weight but output heads
+                     sites: Iterable[Site] | None = None, # default: every prunable weight but output heads, and all that are packed
                      ) -> dict[str, Tensor]: # name: bool like the weight, True where it is not zero
-    "Read masks off the zeros of a model; ValueError when there are none."
-    masks = {s.name: s.weight != 0 for s in (find_sites(model) if sites is None else sites)}
+    "Read masks off the zeros of a model, packed layers too; ValueError when there are none."
+    found = list(dense_sites(model) if sites is None else sites)
+    layers = packed_layers(model) if sites is None else {}
+    if cold := [n for n, t in ([(s.name, s.weight) for s in found] + [(n, m.values) for n, m in layers.items()]) if t.is_meta]:
+        raise ValueError(f"{cold[0]} is on the meta device: load its values first")
+    masks = {s.name: s.weight != 0 for s in found} | {n: unpack_weight(m.packed) != 0 for n, m in layers.items()}
     if all(m.all() for m in masks.values()):
         raise ValueError(f"no weight of {', '.join(list(masks)[:4])}{' …' if len(masks) > 4 else ''} is zero: this model is not pruned (or its zeros were trained away)")
     return masks
 
-# %% ../nbs/api/41_formats.ipynb #cb496cdd
+# %% ../nbs/api/41_formats.ipynb #2c4c7347
 def from_torch_prune(model: nn.Module) -> dict[str, Tensor]: # name: bool like the weight, True = kept
     "End every torch.nn.utils.prune in the model: weights become plain again, zeros stay, as +0.0. ValueError when there is none."
     from torch.nn.utils import prune

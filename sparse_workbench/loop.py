@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Row', 'shuffle', 'order', 'shuffled', 'row', 'measured', 'sparsities', 'series', 'patience', 'whole', 'part',
            'whole_site', 'part_site', 'whole_state', 'load_whole_state', 'write_state', 'write_checkpoint',
-           'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'bare', 'state_of',
-           'check_state', 'restore', 'check_schedule', 'check_run', 'train_step', 'resumed', 'measurements', 'save',
-           'fit']
+           'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'bare', 'group_names',
+           'state_of', 'check_state', 'restore', 'check_schedule', 'check_run', 'check_parts', 'train_step', 'resumed',
+           'measurements', 'save', 'fit']
 
 # %% ../nbs/api/52_loop.ipynb #11c010ca
 import functools
 import hashlib
+import inspect
 import os
 import pickle
 import random
@@ -94,7 +95,7 @@ def patience(name: str, # of the record to watch
              ) -> Callable[[list[Row]], bool]:
     "Stop when a measurement has not improved for so many times."
     def stop(records: list[Row]) -> bool:
-        values = [r['value'] for r in records if r['name'] == name]
+        values = series(records, name)[1] if records else [] # a name that nobody records would never stop anything
         return len(values) > times and best(values[:-times]) == best(values)
     return stop
 
@@ -230,14 +231,20 @@ def bare(model: nn.Module) -> nn.Module:
         model = getattr(model, '_orig_mod', None) or model.module # type: ignore[assignment]
     return model
 
-# %% ../nbs/api/52_loop.ipynb #7c5abc25
+# %% ../nbs/api/52_loop.ipynb #707e5bb5
+def group_names(run: Run) -> list[list[str]]: # '' for a parameter that the model does not have
+    "What the optimizer's parameters are called, group by group."
+    names = {id(p): n for n, p in bare(run.model).named_parameters()}
+    return [[names.get(id(p), '') for p in g['params']] for g in run.optimizer.param_groups]
+
+# %% ../nbs/api/52_loop.ipynb #9e27e163
 def state_of(run: Run, step: int, records: list[Row]) -> dict[str, Any]:
     "Everything that a checkpoint holds; a collective call when there are several processes."
-    return dict(step=step, records=records, kind=type(run.optimizer).__name__, data=getattr(run.batches, 'key', ''),
+    return dict(step=step, records=records, kind=type(run.optimizer).__name__, data=getattr(run.batches, 'key', ''), groups=group_names(run),
                 model=whole(bare(run.model).state_dict()), optimizer=whole(run.optimizer.state_dict()),
                 scheduler=run.scheduler and run.scheduler.state_dict(), sparsifier=run.sparsifier and whole_state(run.sparsifier), random=every_rank(random_state()))
 
-# %% ../nbs/api/52_loop.ipynb #d2f4cc47
+# %% ../nbs/api/52_loop.ipynb #622e770d
 def check_state(run: Run, state: dict[str, Any], steps: int) -> None:
     "ValueError when a checkpoint is not of this run."
     here, there = bare(run.model).state_dict(), state['model']
@@ -246,12 +253,14 @@ def check_state(run: Run, state: dict[str, Any], steps: int) -> None:
         if isinstance(v, Tensor) and v.shape != there[k].shape: raise ValueError(f"the checkpoint is of another model: {k} is {tuple(v.shape)}, in the checkpoint {tuple(there[k].shape)}")
     sizes, saved = ([len(g['params']) for g in groups] for groups in (run.optimizer.param_groups, state['optimizer']['param_groups']))
     if sizes != saved: raise ValueError(f"the checkpoint's optimizer has parameter groups of {saved} tensors, this one of {sizes}: group them alike")
+    pairs = [p for there, here in zip(state.get('groups', []), group_names(run)) for p in zip(there, here)]
+    if odd := [p for p in pairs if p[0] != p[1]]: raise ValueError(f"the checkpoint's optimizer has {odd[0][0]} where this one has {odd[0][1]}: give it the parameters in the same groups and order")
     own = dict(optimizer=type(run.optimizer).__name__, sparsifier=run.sparsifier is not None, scheduler=run.scheduler is not None, data=getattr(run.batches, 'key', ''))
     for k, v in dict(optimizer=state['kind'], sparsifier=state['sparsifier'] is not None, scheduler=state['scheduler'] is not None, data=state['data']).items():
         if v != own[k]: raise ValueError(f"the checkpoint was written with {k} {v or 'none'}, this run has {own[k] or 'none'}: take the same, or another folder")
     if state['step'] > steps: raise ValueError(f"the checkpoint is of step {state['step']}, the training ends at {steps}: take more steps, or another folder")
 
-# %% ../nbs/api/52_loop.ipynb #b5548652
+# %% ../nbs/api/52_loop.ipynb #c4161360
 def restore(run: Run, state: dict[str, Any]) -> None:
     "Undo `state_of`."
     if run.sparsifier is not None: load_whole_state(run.sparsifier, state['sparsifier'])
@@ -264,7 +273,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     rank, _ = ranks()
     set_random_state(state['random'][rank % len(state['random'])])
 
-# %% ../nbs/api/52_loop.ipynb #d5a3a7bf
+# %% ../nbs/api/52_loop.ipynb #401eec5f
 def check_schedule(sparsifier: Sparsifier, # any
                    steps: int, # at which training ends
                    ) -> None:
@@ -279,7 +288,7 @@ def check_schedule(sparsifier: Sparsifier, # any
     raise ValueError(f"training ends at step {steps} with sparsity {sparsifier.sparsity(last):.4g}, the schedule reaches {later[0]:.4g} at step {high}: "
                      f"give the recipe total_steps={steps}, or train longer (to stop early on purpose, pass stop=)")
 
-# %% ../nbs/api/52_loop.ipynb #401eec5f
+# %% ../nbs/api/52_loop.ipynb #0345fa51
 def check_run(run: Run, steps: int) -> None:
     "ValueError when sparsifier, optimizer and model do not belong together, or the schedule does not end in time."
     if run.sparsifier is None: return
@@ -288,7 +297,17 @@ def check_run(run: Run, steps: int) -> None:
     if odd := [s.name for s in run.sparsifier.sites if id(s.parameter) not in own]: raise ValueError(f"{odd[0]} is not a weight of this model: make the sites of the model that is trained")
     check_schedule(run.sparsifier, steps)
 
-# %% ../nbs/api/52_loop.ipynb #49dd0273
+# %% ../nbs/api/52_loop.ipynb #8f599339
+def check_parts(run: Run, every: int) -> None:
+    "ValueError for an optimizer, a scheduler or a rhythm that `fit` cannot work with."
+    if every < 1: raise ValueError(f"every={every!r}: measure every so many steps, at least 1")
+    asks = inspect.signature(type(run.optimizer).step).parameters.get('closure')
+    if asks is not None and asks.default is inspect.Parameter.empty:
+        raise ValueError(f"{type(run.optimizer).__name__} calls the loss itself: write the loop with optimizer.step(closure), where sparsifiers work as they do here")
+    if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError("ReduceLROnPlateau waits for measurements, and this loop steps schedulers after every step: call its step(value) in `evaluate` and leave scheduler out, or take another")
+
+# %% ../nbs/api/52_loop.ipynb #8b56901f
 def train_step(run: Run, loss: Callable[[nn.Module, Any], Tensor], step: int) -> Tensor: # the loss
     "Forward, backward, step."
     value = loss(run.model, run.batches(step))
@@ -298,7 +317,7 @@ def train_step(run: Run, loss: Callable[[nn.Module, Any], Tensor], step: int) ->
     if run.scheduler is not None: run.scheduler.step()
     return value.detach()
 
-# %% ../nbs/api/52_loop.ipynb #a14f6385
+# %% ../nbs/api/52_loop.ipynb #b269d8f6
 def resumed(run: Run, folder: str | Path | None, steps: int) -> tuple[int, list[Row]]: # steps done, records so far
     "Where to begin: at the newest checkpoint, else at the start."
     state = None if folder is None else read_checkpoint(folder)
@@ -307,7 +326,7 @@ def resumed(run: Run, folder: str | Path | None, steps: int) -> tuple[int, list[
     restore(run, state)
     return state['step'], state['records']
 
-# %% ../nbs/api/52_loop.ipynb #8f599339
+# %% ../nbs/api/52_loop.ipynb #5533b53f
 def measurements(run: Run, step: int, loss: Tensor, # mean since the last time, of this process
                  evaluate: Callable[[nn.Module], Any] | None) -> list[Row]:
     "Loss over all processes, what `evaluate` says, the learning rate and the sparsity of every site."
@@ -315,14 +334,14 @@ def measurements(run: Run, step: int, loss: Tensor, # mean since the last time, 
     return [row(step, 'loss', over_all), *(measured(evaluate, run.model, step) if evaluate else []),
             row(step, 'learning rate', run.optimizer.param_groups[0]['lr']), *sparsities(run.sparsifier, step)]
 
-# %% ../nbs/api/52_loop.ipynb #b996efb1
+# %% ../nbs/api/52_loop.ipynb #2a5f5492
 def save(run: Run, folder: str | Path, step: int, records: list[Row]) -> None:
     "Write a checkpoint, by the first process."
     state = state_of(run, step, records)
     if ranks()[0] == 0: write_checkpoint(folder, state)
     if ranks()[1] > 1: dist.barrier()
 
-# %% ../nbs/api/52_loop.ipynb #5533b53f
+# %% ../nbs/api/52_loop.ipynb #bdd262c4
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Any], Tensor], # (model, batch) -> scalar
         batches: Callable[[int], Any], # step -> batch, such as shuffled(x, y)
@@ -336,6 +355,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer,
         ) -> list[Row]:
     "Train a model. The same call after a kill goes on from the last checkpoint and ends with the same bits."
     run = Run(model, optimizer, sparsifier, scheduler, batches)
+    check_parts(run, every)
     check_run(run, steps)
     begin, records = resumed(run, checkpoint, steps)
     if begin and stop is not None and stop(records): return records

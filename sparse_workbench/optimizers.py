@@ -98,7 +98,7 @@ def l1_after(strength: float = 4e-7, # λ
         return torch.where(mask, mu, (1 - a) * mu + a * strength * w.sign())
     return shape
 
-# %% ../nbs/api/24_optimizers.ipynb #22cda92f
+# %% ../nbs/api/24_optimizers.ipynb #6a96c96a
 class StepAdam(MaskedAdam):
     "AdamW until the variances settle; from then on they stay as they are."
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (.9, .999), eps: float = 1e-8, weight_decay: float = 0., *,
@@ -129,7 +129,7 @@ class StepAdam(MaskedAdam):
     def move(self, p: Tensor, group: dict[str, Any], pulls: Sequence[tuple[Site, Shape]]) -> None: # one parameter, one step
         move_frozen(self, p, group) if self.switch is not None else watch(self, p, group)
 
-# %% ../nbs/api/24_optimizers.ipynb #e8f40107
+# %% ../nbs/api/24_optimizers.ipynb #2846253e
 def watch(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
     "A step of AdamW; with a threshold, how much v has changed is noted."
     before = opt.state[p]['exp_avg_sq'].clone() if opt.threshold is not None and opt.state[p] else None
@@ -140,7 +140,7 @@ def watch(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
         total = (z.log() if opt.geometric else z).sum(dtype=torch.float64)
         opt.changes.append(torch.stack([total, torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)]))
 
-# %% ../nbs/api/24_optimizers.ipynb #695fed65
+# %% ../nbs/api/24_optimizers.ipynb #68eb494b
 def decide(opt: StepAdam) -> None:
     "Has the time come to freeze?"
     state, window = opt.param_groups[0], opt.param_groups[0]['window']
@@ -152,7 +152,7 @@ def decide(opt: StepAdam) -> None:
     settled = opt.threshold is not None and len(window) and state['taken'] > opt.earliest and sum(window) / len(window) < opt.threshold
     if opt.switch is None and (state['taken'] >= opt.latest or settled): state['switch'] = state['taken']
 
-# %% ../nbs/api/24_optimizers.ipynb #8aca76f5
+# %% ../nbs/api/24_optimizers.ipynb #96ae7b59
 def move_frozen(opt: StepAdam, p: Tensor, group: dict[str, Any]) -> None:
     "w −= lr · μ̂ / (√v* + ε)."
     st, b1 = opt.state[p], group['betas'][0]

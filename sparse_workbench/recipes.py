@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['REGISTER', 'checked', 'recipe', 'random', 'magnitude', 'wanda', 'ria', 'snip', 'grasp', 'taylor', 'obd', 'synflow',
-           'plan', 'window', 'rhythm', 'spread', 'along', 'static', 'retrain', 'spdf', 'gmp', 'journey', 'acdc',
-           'iss_p', 'mask_sparsity', 'dynamic', 'set_', 'rigl', 'itop', 'check_momentum', 'snfs', 'erk_then_global',
-           'granet', 'blast', 'deepr', 'top_kast', 'phases', 'ste', 'sr_ste', 'bdwp', 'mask_decay', 'hard', 'n_of_m',
-           'structure_decay', 'asp', 'sampled', 'masked_decay', 's_ste', 'flips', 'virtual', 'tune_decay', 'inside',
-           'ast', 'cast', 'step', 'holder', 'rounds_of', 'round_of', 'imp', 'fresh_norms', 'soup', 'random_search',
+           'plan', 'window', 'rhythm', 'spread', 'along', 'remembered', 'static', 'retrain', 'spdf', 'gmp', 'journey',
+           'acdc', 'iss_p', 'mask_sparsity', 'energy', 'group_lasso', 'dynamic', 'set_', 'rigl', 'itop',
+           'check_momentum', 'snfs', 'erk_then_global', 'granet', 'blast', 'deepr', 'top_kast', 'phases', 'ste',
+           'sr_ste', 'bdwp', 'mask_decay', 'hard', 'n_of_m', 'structure_decay', 'asp', 'sampled', 'masked_decay',
+           's_ste', 'flips', 'virtual', 'tune_decay', 'inside', 'ast', 'cast', 'step', 'holder', 'rounds_of',
+           'round_of', 'prune_more', 'check_rounds', 'imp', 'fresh_norms', 'check_alike', 'soup', 'random_search',
            'table']
 
 # %% ../nbs/api/42_recipes.ipynb #e3685d17
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ from torch.optim import Optimizer
 
 from . import flows, rules, schedules, scores
 from .allocation import Allocate, borrow, er, erk, erk_plus, global_, redistribute, uniform, uniform_plus
-from .core import Report, Site, Sites, report, sites
+from .core import Report, Site, Sites, check_finite, report, sites
 from .oneshot import prune
 from .optimizers import MaskedAdam, StepAdam, l1_after, pull_after
 from .patterns import Pattern, asked, block, nm, pattern as read_pattern, per_row, row, transposable, unstructured
@@ -49,7 +51,7 @@ def checked(f: Callable) -> Callable:
     def run(*args, **how):
         if odd := [n for n in how if n not in takes and n not in kinds or n == 'which']:
             raise TypeError(f"{f.__name__} takes no {' and no '.join(odd)}, but {', '.join(takes)}; for other parts make a Sparsifier(sites(model), rule, pattern=…, flow=…)")
-        for n in ('decay', 'pull', 'l1', 'noise'):
+        for n in ('decay', 'pull', 'l1', 'noise', 'strength'):
             if n in how and not 0 <= how[n] < math.inf: raise ValueError(f"{n}={how[n]!r} of {f.__name__} is a strength: give a number from 0 up, such as 1e-4")
         return f(*args, **how)
     return run
@@ -111,11 +113,21 @@ def obd(model: nn.Module, *, calibration: Calibration, sparsity: float | None = 
 
 # %% ../nbs/api/42_recipes.ipynb #65808011
 @recipe('SynFlow', 'https://arxiv.org/abs/2006.05467', 'one-shot')
-def synflow(model: nn.Module, *, calibration: Any, sparsity: float, rounds: int = 100, allocate=global_, **how) -> Report:
+def synflow(model: nn.Module, *, calibration: Any, sparsity: float | None = None, rounds: int = 100, allocate: Allocate | None = None, pattern: Any = unstructured(), **how) -> Report:
     "Iterative synaptic flow: (1 − sparsity)^(i/rounds) of the weights are left after round i. Of the calibration only the input's shape is used."
-    for i in range(1, rounds + 1):
-        report = prune(model, 1 - (1 - sparsity) ** (i / rounds), score=scores.synflow, allocate=allocate, calibration=calibration, **how)
-    return report
+    p = read_pattern(pattern)
+    goal, place = asked(p, sparsity), (uniform if p.fixed else global_) if allocate is None else allocate
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1: raise ValueError(f"rounds={rounds!r}: SynFlow prunes in one round or more; the paper takes 100")
+    left: Schedule = lambda i: goal if i == rounds else 1 - (1 - goal) ** (i / rounds)
+    targets = dict.fromkeys((whole(left, p.group[0] * p.group[1]) if p.fixed else left)(i) for i in range(1, rounds + 1))
+    before = [(s.weight, s.weight.clone()) for s in sites(model, how.get('include'), how.get('ignore'))]
+    try:
+        for target in targets: out = prune(model, target, score=scores.synflow, pattern=replace(p, sparsity=None), allocate=place, calibration=calibration, **how)
+    except BaseException:
+        with torch.no_grad():
+            for w, old in before: w.copy_(old)
+        raise
+    return out
 
 # %% ../nbs/api/42_recipes.ipynb #f2c5e38f
 def plan(pattern: Any, sparsity: float | None, total_steps: int) -> tuple[Pattern, float]: # the pattern, the final sparsity
@@ -153,16 +165,28 @@ def along(p: Pattern, schedule: Schedule) -> Schedule:
     return whole(schedule, p.group[0] * p.group[1]) if p.fixed else schedule
 
 # %% ../nbs/api/42_recipes.ipynb #f579bd72
+def remembered(allocate: Allocate, ss: Sites, p: Pattern, sparsity: float) -> Allocate: # it gives the same at every call
+    "The shares that an allocation gives now, without the statistics that it needed for them."
+    ratios, needs = allocate(ss, p, scores.magnitude, sparsity), getattr(allocate, 'needs', ())
+    for s in ss:
+        for n in needs: s.stats.pop(n, None)
+    def same(sites, pattern, score, sparsity): return dict(ratios)
+    same.__name__ = getattr(allocate, '__name__', 'table')
+    return same
+
+# %% ../nbs/api/42_recipes.ipynb #391c9000
 @recipe('The unreasonable effectiveness of random pruning', 'https://arxiv.org/abs/2202.02643', 'training')
 def static(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None, calibration: Any = None,
            seed: int = 0, pattern: Any = unstructured(), **which) -> Sparsifier:
     "A random mask from the start, with ERK densities; `allocate=` uniform, uniform_plus, er, erk_plus, or borrow(saliency) and borrow(grasp), which take `calibration`."
     (p, s), ss = plan(pattern, sparsity, total_steps), sites(model, **which)
     how = spread(allocate, p)
-    if calibration is not None and (needs := getattr(how, 'needs', ())): collect(model, ss, calibration, list(needs))
+    if needs := getattr(how, 'needs', ()):
+        if calibration is not None: collect(model, ss, calibration, list(needs))
+        how = remembered(how, ss, p, s)
     return Sparsifier(ss, keep_best(scores.noise(seed)), pattern=p, allocate=how, sparsity=s, when=once()).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #9aa66a56
+# %% ../nbs/api/42_recipes.ipynb #6101f283
 @recipe('Learning both weights and connections: prune, retrain', 'https://arxiv.org/abs/1506.02626', 'training')
 def retrain(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None,
             score: scores.Score = scores.magnitude, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -178,7 +202,7 @@ def spdf(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = forgetting(keep_best(scores.noise(seed)), rules.when_dense)
     return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.steps({0: s, turn: 0}), when=lambda t: t in (0, turn)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #019e48ed
+# %% ../nbs/api/42_recipes.ipynb #8df697c3
 @recipe('To prune or not to prune (GMP)', 'https://arxiv.org/abs/1710.01878', 'training')
 def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, end: float = .75, frequency: int | None = None,
         score: scores.Score = scores.magnitude, allocate: Allocate | None = None, pattern: Any = unstructured(), flow: flows.Flow = flows.cut, **which) -> Sparsifier:
@@ -188,7 +212,7 @@ def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=spread(allocate, p, uniform), sparsity=along(p, cubic(0, s, b - a, a)),
                       when=lambda t: t == b or beat(t), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #2f92a9e7
+# %% ../nbs/api/42_recipes.ipynb #cd72bd35
 @recipe('The journey matters', 'https://arxiv.org/abs/2501.12486', 'training')
 def journey(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, frequency: int | None = None,
             allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -198,7 +222,7 @@ def journey(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = 
     return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, global_), sparsity=along(p, schedules.journey(s, total_steps, n)),
                       when=every(n, *schedules.journey_steps(s, total_steps, n))).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #7010c2b0
+# %% ../nbs/api/42_recipes.ipynb #5e3183b8
 @recipe('AC/DC', 'https://arxiv.org/abs/2106.12379', 'training')
 def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, phase: float = .05, end: float = .85,
          allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -208,7 +232,7 @@ def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     return Sparsifier(sites(model, **which), forgetting(keep_best(), rules.when_dense), pattern=p, allocate=spread(allocate, p, global_), sparsity=f,
                       when=lambda t: t == 0 or f(t) != f(t - 1)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #8e5799b4
+# %% ../nbs/api/42_recipes.ipynb #08891a41
 @recipe('ISS-P', 'https://arxiv.org/abs/2303.09650', 'training')
 def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, shrink: float = .95, until: float = .2,
           allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -217,7 +241,7 @@ def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = No
     return Sparsifier(sites(model, **which), rules.shrinking(keep_best(), shrink), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s,
                       when=lambda t: t <= turn, flow=flows.soft(turn)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #dd15de28
+# %% ../nbs/api/42_recipes.ipynb #f71cbdce
 @recipe('MaskSparsity', 'https://arxiv.org/abs/2201.06776', 'training')
 def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, pull: float = 5e-4, until: float = .5,
                   allocate: Allocate | None = None, pattern: Any = row(), **which) -> Sparsifier:
@@ -225,7 +249,21 @@ def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | N
     (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, until)
     return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s, when=once(), flow=flows.soft(turn, pull)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #37f54abb
+# %% ../nbs/api/42_recipes.ipynb #c72a76c0
+@scores.criterion()
+def energy(site: Site) -> Tensor:
+    "w²: summed over a unit, it ranks units by their L2 norm."
+    return site.weight.to(torch.promote_types(site.weight.dtype, torch.float32)).square()
+
+@recipe('Structured sparsity learning (group lasso)', 'https://arxiv.org/abs/1608.03665', 'training')
+def group_lasso(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, strength: float = 1e-4, until: float = .5,
+                power: float = 0., allocate: Allocate | None = None, pattern: Any = row(), **which) -> Sparsifier:
+    "Shorten every row, block or column by `strength` after each step, take out the shortest at the fraction `until` of the steps, and train on."
+    (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, until)
+    return Sparsifier(sites(model, **which), keep_best(energy), pattern=p, allocate=spread(allocate, p, uniform), sparsity=schedules.steps({0: 0., turn: s}), when=once(turn),
+                      flow=flows.group_lasso(strength, turn, power)).attach(optimizer)
+
+# %% ../nbs/api/42_recipes.ipynb #ee16bd0c
 def dynamic(model: nn.Module, optimizer: Optimizer, rule: rules.Rule, p: Pattern, sparsity: float | Schedule, when: When, allocate: Allocate,
             which: dict, flow: flows.Flow = flows.cut) -> Sparsifier:
     "A sparsifier with an exchanging rule, attached."
@@ -239,7 +277,7 @@ def set_(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = drop_grow(scores.sign_rank, scores.chance(seed), fraction, scores.noise(seed))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, er), which)
 
-# %% ../nbs/api/42_recipes.ipynb #4a9b3b53
+# %% ../nbs/api/42_recipes.ipynb #1f5fc503
 @recipe('RigL', 'https://arxiv.org/abs/1911.11134', 'training')
 def rigl(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, fraction: float = .3, frequency: int | None = None,
          end: float = .75, seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -248,7 +286,7 @@ def rigl(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = drop_grow(scores.magnitude, scores.gradient, cosine_fraction(fraction, b), scores.noise(seed))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p), which)
 
-# %% ../nbs/api/42_recipes.ipynb #f63bdbfb
+# %% ../nbs/api/42_recipes.ipynb #6a4d0e89
 @recipe('In-time over-parameterization', 'https://arxiv.org/abs/2102.02887', 'training')
 def itop(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, grow: scores.Score = scores.gradient, fraction: float = .5,
          frequency: int | None = None, end: float = 1., seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -257,7 +295,7 @@ def itop(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = explored(drop_grow(scores.magnitude, grow, death_rate(total_steps, fraction), scores.noise(seed)))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 1500, a, b), a, b), spread(allocate, p), which)
 
-# %% ../nbs/api/42_recipes.ipynb #2b7b6bef
+# %% ../nbs/api/42_recipes.ipynb #f3497195
 def check_momentum(name: str, optimizer: Optimizer) -> None:
     "ValueError when an optimizer keeps no mean of gradients."
     if not any(g.get('momentum') or 'betas' in g for g in optimizer.param_groups):
@@ -273,7 +311,7 @@ def snfs(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = forgetting(drop_grow(scores.magnitude, scores.momentum, rate, scores.noise(seed)), rules.nowhere)
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, redistribute(rate)), which, flows.dense_momentum)
 
-# %% ../nbs/api/42_recipes.ipynb #69e8bd23
+# %% ../nbs/api/42_recipes.ipynb #5bda337d
 def erk_then_global(ss: Sequence[Site], p: Pattern, score: scores.Score, sparsity: float) -> dict[str, float]:
     "ERK densities for the first masks; from then on one ranking of what is held."
     first = all(x.mask is None or bool(x.mask.all()) for x in ss)
@@ -291,13 +329,13 @@ def granet(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     rule = drop_grow(scores.magnitude, scores.gradient, death_rate(total_steps, fraction), scores.noise(seed))
     return dynamic(model, optimizer, rule, p, along(p, cubic(first, s, b // n * n)), every(n, 0, total_steps - 1), spread(allocate, p, usual), which)
 
-# %% ../nbs/api/42_recipes.ipynb #bd3c110a
+# %% ../nbs/api/42_recipes.ipynb #6fcda69b
 @recipe('BLaST', 'https://arxiv.org/abs/2507.03117', 'training')
 def blast(model: nn.Module, optimizer: Optimizer, *, sparsity: float, total_steps: int, pattern: Any = block(32), allocate: Allocate | None = None, **how) -> Sparsifier:
     "Blocked prune and grow, from dense: GraNet on blocks, every layer alike. Name the layers, e.g. include='*mlp*'."
     return granet(model, optimizer, sparsity=sparsity, total_steps=total_steps, pattern=pattern, allocate=allocate or uniform, **dict(start=0., fraction=.3) | how)
 
-# %% ../nbs/api/42_recipes.ipynb #87cdd5ac
+# %% ../nbs/api/42_recipes.ipynb #b273f7b9
 @recipe('DeepR', 'https://arxiv.org/abs/1711.05136', 'training')
 def deepr(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, l1: float = 1e-5, noise: float = 1e-5, seed: int = 0,
           allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -312,14 +350,14 @@ def top_kast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None =
     p, s = plan(pattern, sparsity, total_steps)
     return dynamic(model, optimizer, rules.two_sets(scores.magnitude, wider), p, s, every(1), spread(allocate, p, uniform), which, flows.explore(decay, decay / (1 - s)))
 
-# %% ../nbs/api/42_recipes.ipynb #6161cef8
+# %% ../nbs/api/42_recipes.ipynb #6b35dd7b
 def phases(s: float, total_steps: int, begin: float, end: float, flow: flows.Flow) -> dict[str, Any]: # arguments of a Sparsifier
     "Dense before `begin`, masks at every step until `end`, fixed masks from there on."
     a, b = window(total_steps, begin, end)
     how: dict[str, Any] = dict(sparsity=schedules.steps({0: 0., a: s}) if a else s, flow=flow)
     return how if end == 1 else how | dict(flow=flows.settled(flow, b), when=lambda t: t <= b)
 
-# %% ../nbs/api/42_recipes.ipynb #e31ecead
+# %% ../nbs/api/42_recipes.ipynb #6b03258c
 @recipe('Straight-through estimator', 'https://arxiv.org/abs/1308.3432', 'training')
 def ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, begin: float = 0., end: float = 1.,
         pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -334,7 +372,7 @@ def sr_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     p, s = plan(pattern, sparsity, total_steps)
     return Sparsifier(sites(model, **which), pattern=p, **phases(s, total_steps, begin, end, flows.sr_ste(decay))).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #b273f7b9
+# %% ../nbs/api/42_recipes.ipynb #ef45834b
 @recipe('BDWP (bidirectional weight pruning)', 'https://arxiv.org/abs/2309.13015', 'training')
 def bdwp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, decay: float = 0., pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Straight through with two masks: along the inputs in the forward product, along the outputs in the backward one."
@@ -346,7 +384,7 @@ def bdwp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     reroute(sp.sites, turned(p))
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #1b318f21
+# %% ../nbs/api/42_recipes.ipynb #78946285
 @recipe('Progressive gradient flow: mask decay (MdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
 def mask_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'exponential', rate: float | None = None,
                begin: float = 0., end: float = .8, backward: str = 'ste', pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -355,7 +393,7 @@ def mask_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None
     flow = flows.mask_decay({'linear': 1.}.get(kind, math.log(100)) / (b - a) if rate is None else rate, kind, a, b, backward)
     return Sparsifier(sites(model, **which), pattern=p, sparsity=schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #ef45834b
+# %% ../nbs/api/42_recipes.ipynb #f2380f8d
 @contextmanager
 def hard(sp: Sparsifier) -> Iterator[None]:
     "Inside the block the model holds hard-masked weights, whatever the flow leaves in use; afterwards what it held before."
@@ -368,7 +406,7 @@ def hard(sp: Sparsifier) -> Iterator[None]:
         with torch.no_grad():
             for s, w in zip(sp.sites, before): s.weight.copy_(w)
 
-# %% ../nbs/api/42_recipes.ipynb #261025ef
+# %% ../nbs/api/42_recipes.ipynb #0cc837c9
 def n_of_m(name: str, p: Pattern) -> tuple[int, int]: # N and M
     "What an N:M pattern keeps of how many; ValueError for any other."
     if type(p) is not Pattern or not p.fixed or 1 not in p.group or p.sparsity is None:
@@ -376,7 +414,7 @@ def n_of_m(name: str, p: Pattern) -> tuple[int, int]: # N and M
     of = max(p.group)
     return round(of * (1 - p.sparsity)), of
 
-# %% ../nbs/api/42_recipes.ipynb #2ef1b043
+# %% ../nbs/api/42_recipes.ipynb #d6fbe67b
 @recipe('Progressive gradient flow: structure decay (SdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
 def structure_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'step', begin: float = 0., end: float = .8,
                     flow: flows.Flow = flows.ste, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -388,7 +426,7 @@ def structure_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float |
     rule = keep_best() if step else regrouped(keep_best(), schedules.shrinking_groups(keep, of, b - a, a))
     return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.halving(keep, of, b - a, a) if step else schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #c7aff1a7
+# %% ../nbs/api/42_recipes.ipynb #e9135e3d
 @recipe('ASP', 'https://arxiv.org/abs/2104.08378', 'training')
 def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, multiples: tuple[int, int] = (8, 16),
         permuting: Sequence[Chain] = (), score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -400,7 +438,7 @@ def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     if permuting: permute(model, permuting, p, optimizer=optimizer)
     return Sparsifier(left, keep_best(score), pattern=p, allocate=spread(None, p, uniform), sparsity=s, when=once()).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #0cc837c9
+# %% ../nbs/api/42_recipes.ipynb #6073b353
 def sampled(sp: Sparsifier, gradients: str, optimizer: Optimizer) -> Sparsifier: # attached
     "Attach; with 'mvue', weight gradients are made of a 2:4 sample of the output gradient."
     if gradients not in ('dense', 'mvue'): raise ValueError(f"gradients={gradients!r}: use 'dense', or 'mvue' for a 2:4 sample of the output gradient")
@@ -411,7 +449,7 @@ def sampled(sp: Sparsifier, gradients: str, optimizer: Optimizer) -> Sparsifier:
     reroute(sp.sites, None, mvue_of())
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #1d9b154b
+# %% ../nbs/api/42_recipes.ipynb #d1604d65
 @recipe('Accelerating transformer pre-training with 2:4 (masked decay)', 'https://arxiv.org/abs/2404.01847', 'training')
 def masked_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 2e-4, frequency: int | None = None,
                  dense: float = 1/6, gradients: str = 'dense', pattern: Any = transposable(2, 4), **which) -> Sparsifier:
@@ -428,7 +466,7 @@ def s_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = No
     p, s = plan(pattern, sparsity, total_steps)
     return sampled(Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.s_ste), gradients, optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #e9135e3d
+# %% ../nbs/api/42_recipes.ipynb #a8708c01
 def flips(sp: Sparsifier) -> list[tuple[int, float]]: # (step, rate), filled as training goes on
     "Record the share of weights whose mask has changed, at every change of masks."
     out: list[tuple[int, float]] = []
@@ -443,7 +481,7 @@ def virtual(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = 
     p, s = plan(pattern, sparsity, 1)
     return Sparsifier(sites(model, **which), forgetting(keep_best(), nowhere), pattern=p, sparsity=s, when=every(frequency), flow=flows.dense).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #a8207850
+# %% ../nbs/api/42_recipes.ipynb #f9b08165
 def tune_decay(flip: Callable[[float | None], float], # a short training with this λ -> its mean flip rate; None: dense, with `virtual`
                decays: Sequence[float] = (6e-6, 2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
                band: tuple[float, float] = (.6, .95)) -> tuple[float, dict[float, float]]: # λ, and the ratio to the dense flip rate for each
@@ -455,12 +493,12 @@ def tune_decay(flip: Callable[[float | None], float], # a short training with th
     if not good: raise ValueError(f"no λ has a ratio between {band[0]} and {band[1]}: " + ', '.join(f'{d:g}: {r:.2f}' for d, r in ratios.items()) + '; try larger ones if all ratios are above, smaller ones if below')
     return min(good, key=lambda d: abs(ratios[d] - sum(band) / 2)), ratios
 
-# %% ../nbs/api/42_recipes.ipynb #85ef4034
+# %% ../nbs/api/42_recipes.ipynb #74a9914b
 def inside(optimizer: Optimizer) -> TypeGuard[MaskedAdam]:
     "Does the optimizer pull by itself? A StepAdam has no place for it, so its pull is in the gradient, as with any other."
     return isinstance(optimizer, MaskedAdam) and not isinstance(optimizer, StepAdam)
 
-# %% ../nbs/api/42_recipes.ipynb #d6ca1a5e
+# %% ../nbs/api/42_recipes.ipynb #3162bdad
 @recipe('AST (adaptive sparse trainer)', 'https://arxiv.org/abs/2407.20584', 'training')
 def ast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 6e-5, rise: float = .25, frequency: int | None = None,
         score: scores.Score = scores.magnitude, calibration: Any = None, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -472,7 +510,7 @@ def ast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     if inside(optimizer): optimizer.follow(sp, pull_after(decay, top))
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #e8c642de
+# %% ../nbs/api/42_recipes.ipynb #d2dea851
 @recipe('CAST', 'https://arxiv.org/abs/2509.25996', 'training')
 def cast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 4e-7, frequency: int | None = None,
          score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -484,7 +522,7 @@ def cast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     if inside(optimizer): optimizer.follow(sp, l1_after(decay, total_steps))
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #689b9465
+# %% ../nbs/api/42_recipes.ipynb #e5ad35cc
 @recipe('STEP', 'https://arxiv.org/abs/2302.01172', 'training')
 def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, dense: float = .5, pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Dense until the variances have settled, then straight through with N:M masks; with StepAdam the second moment is frozen at the switch."
@@ -494,7 +532,7 @@ def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
         return s if at is not None and t >= at else 0.
     return Sparsifier(sites(model, **which), pattern=p, sparsity=now, flow=flows.ste).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #1420b47a
+# %% ../nbs/api/42_recipes.ipynb #74809bb4
 def holder(model: nn.Module, masks: dict[str, Tensor], which: dict, used: list[Sparsifier]) -> Callable[[Optimizer], Sparsifier]:
     "A function that makes an optimizer keep these masks."
     table = {n: 1 - int(m.sum()) / max(1, m.numel()) for n, m in masks.items()}
@@ -508,82 +546,117 @@ def rounds_of(sparsity: float, rate: float) -> list[float]: # sparsity after eac
     n = math.ceil(math.log(1 - sparsity) / math.log(1 - rate) - 1e-9)
     return [*(1 - (1 - rate) ** i for i in range(1, n)), sparsity] if n else []
 
-# %% ../nbs/api/42_recipes.ipynb #12d9e3d7
+# %% ../nbs/api/42_recipes.ipynb #805cce8d
 def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     "One training with the masks of the sites held."
     used: list[Sparsifier] = []
-    train(model, holder(model, {s.name: s.mask for s in ss}, which, used)) # type: ignore[misc]
+    try: train(model, holder(model, {s.name: s.mask for s in ss}, which, used)) # type: ignore[misc]
+    finally:
+        for sp in used: sp.detach()
     if not used: raise ValueError("train(model, hold) must call hold(optimizer) before its first step, so that pruned weights stay zero")
-    for sp in used: sp.detach()
+    for s in ss: check_finite(s)
 
-# %% ../nbs/api/42_recipes.ipynb #c9cb227a
+# %% ../nbs/api/42_recipes.ipynb #dd35a9cb
+def prune_more(ss: Sites, p: Pattern, allocate: Allocate, target: float) -> None:
+    "Masks of this sparsity; what was pruned before comes last in every ranking."
+    ratios = allocate(ss, p, scores.held, target)
+    for s in ss:
+        s.sparsity = ratios[s.name]
+        keep_best(scores.held)(s, p)
+
+def check_rounds(ss: Sites, p: Pattern, allocate: Allocate, targets: Sequence[float]) -> None:
+    "All rounds on the weights as they are; an error comes before any training. The masks are all ones afterwards."
+    def keep_all() -> None:
+        for s in ss: s.mask = torch.ones(s.shape, dtype=torch.bool, device=s.weight.device)
+    keep_all()
+    for target in targets: prune_more(ss, p, allocate, target)
+    keep_all()
+
+# %% ../nbs/api/42_recipes.ipynb #784a29f9
 @recipe('The lottery ticket hypothesis', 'https://arxiv.org/abs/1803.03635', 'outer loop')
-def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsity: float, rate: float = .2, rewind: str = 'weights',
-        allocate: Allocate = global_, pattern: Any = unstructured(), **which) -> list[Report]: # one report for each round of pruning
+def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsity: float | None = None, rate: float = .2, rewind: str = 'weights',
+        allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> list[Report]: # one report for each round of pruning
     "Iterative magnitude pruning: train(model, hold), prune `rate` of the rest, rewind, until `sparsity` is reached; the model ends trained. In `train`, call hold(optimizer)."
     if rewind not in ('weights', 'lr'): raise ValueError(f"rewind={rewind!r}: use 'weights' (surviving weights return to their first values) or 'lr' (they stay)")
     if not 0 < rate < 1: raise ValueError(f"rate={rate!r} is the share of the remaining weights that goes each round: use a number between 0 and 1, such as 0.2")
     (p, goal), ss, first, reports = plan(pattern, sparsity, 1), sites(model, **which), copy.deepcopy(model.state_dict()), []
-    for s in ss: s.mask = torch.ones(s.shape, dtype=torch.bool, device=s.weight.device)
-    for target in rounds_of(goal, rate):
+    how, rounds = spread(allocate, p, global_), rounds_of(goal, rate)
+    targets = [x for x in dict.fromkeys(map(along(p, rounds.__getitem__), range(len(rounds)))) if x]
+    check_rounds(ss, p, how, targets)
+    for target in targets:
         round_of(model, ss, train, which)
-        ratios = allocate(ss, p, scores.held, target)
-        for s in ss:
-            s.sparsity = ratios[s.name]
-            keep_best(scores.held)(s, p)
+        prune_more(ss, p, how, target)
         if rewind == 'weights': model.load_state_dict(first)
         for s in ss: rules.apply_mask(s)
         reports.append(report(ss, f'round {len(reports) + 1}'))
     round_of(model, ss, train, which)
     return reports
 
-# %% ../nbs/api/42_recipes.ipynb #74809bb4
+# %% ../nbs/api/42_recipes.ipynb #ac9b4fde
 def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
-    "Running statistics of all batch norms, from these batches alone; the mode of every module is put back."
+    "Running statistics of all batch norms, from these batches alone; the mode of every module is put back. ValueError, and old statistics, when there is no batch."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     was, rates = {m: m.training for m in model.modules()}, [m.momentum for m in norms]
+    batches = list(itertools.islice(rest := iter(batches), 1))
+    if not batches: raise ValueError("there is no batch, so batch norms would be left without statistics: give batches of training data, and a list where they are read twice")
     for m in norms:
         m.reset_running_stats()
         m.momentum = None # the plain mean over batches
     try:
         with torch.no_grad():
             model.train()
-            for b in batches: call(model, b)
+            for b in itertools.chain(batches, rest): call(model, b)
     finally:
         for m, r in zip(norms, rates): m.momentum = r
         for k, t in was.items(): k.training = t
 
-# %% ../nbs/api/42_recipes.ipynb #4be9d590
+# %% ../nbs/api/42_recipes.ipynb #a2a36444
+def check_alike(models: Sequence[nn.Module]) -> None:
+    "ValueError that names what two models do not share."
+    if not models: raise ValueError("a soup is made of models, and there is none: give copies of one pruned model that were retrained")
+    first = {k: v for k, v in models[0].state_dict().items() if isinstance(v, Tensor)}
+    for i, m in enumerate(models[1:], 1):
+        other = {k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)}
+        if odd := first.keys() ^ other.keys(): raise ValueError(f"model 0 and model {i} are not alike: only one of them has {', '.join(sorted(odd)[:4])}")
+        for k, v in first.items():
+            if v.shape != other[k].shape: raise ValueError(f"model 0 and model {i} are not alike: {k} is {tuple(v.shape)} and {tuple(other[k].shape)}")
+            if not (v.is_floating_point() or k.endswith('num_batches_tracked') or torch.equal(v, other[k])):
+                raise ValueError(f"{k} of model 0 and model {i} differ, and {v.dtype} has no average: packed weights need the same positions, so unpack() the layers first")
+
+# %% ../nbs/api/42_recipes.ipynb #5e49a23b
 @recipe('Sparse model soups', 'https://arxiv.org/abs/2306.16788', 'outer loop')
 def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, **which) -> nn.Module:
     "The average of models with one mask, as a new model; batch norms get fresh statistics from `batches`. ValueError when masks differ."
+    check_alike(models)
     first, others = sites(models[0], **which), [sites(m, **which) for m in models[1:]]
     for k, ss in enumerate(others, 1):
-        for a, b in zip(first, ss, strict=True):
+        for a, b in zip(first, ss):
             if odd := int(((a.weight == 0) != (b.weight == 0)).sum()):
                 raise ValueError(f"{a.name}: {odd} zeros of model 0 and model {k} differ, and their average would be less sparse; prune once, then retrain copies")
     out = copy.deepcopy(models[0])
     if batches is None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in out.modules()):
         raise ValueError(f"{type(out).__name__} has batch norms, whose statistics cannot be averaged: pass batches=… of training data")
     states = [m.state_dict() for m in models]
-    out.load_state_dict({k: torch.stack([s[k].float() for s in states]).mean(0).to(v.dtype) if v.is_floating_point() else v for k, v in states[0].items()})
+    out.load_state_dict({k: torch.stack([s[k].to(torch.promote_types(v.dtype, torch.float32)) for s in states]).mean(0).to(v.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in states[0].items()})
     if batches is not None: fresh_norms(out, batches)
     return out
 
-# %% ../nbs/api/42_recipes.ipynb #784a29f9
+# %% ../nbs/api/42_recipes.ipynb #06907db1
 @recipe('Random search', 'https://arxiv.org/abs/2403.08265', 'outer loop')
 def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, sparsity: float | None = None, tries: int = 10, **how) -> list[float]: # a value for each draw
     "Draw random masks, keep the one with the lowest evaluate(model), before any training; the model is left with it."
     if tries < 1: raise ValueError(f"tries={tries!r}: draw at least one mask; ten or more show a distribution")
-    first, values = copy.deepcopy(model.state_dict()), []
+    first, values = copy.deepcopy(model.state_dict()), list[float]()
     for seed in range(tries):
-        prune(model, sparsity, score=scores.noise(seed), **how)
-        values.append(float(evaluate(model)))
-        model.load_state_dict(first)
+        try:
+            prune(model, sparsity, score=scores.noise(seed), **how)
+            values.append(float(evaluate(model)))
+        finally: model.load_state_dict(first)
+        if math.isnan(values[-1]): raise ValueError(f"evaluate gave nan for draw {seed}, which no other can be compared with: let it give a loss that is finite before training")
     prune(model, sparsity, score=scores.noise(min(range(tries), key=values.__getitem__)), **how)
     return values
 
-# %% ../nbs/api/42_recipes.ipynb #1e128f61
+# %% ../nbs/api/42_recipes.ipynb #b7cfe89e
 def table() -> list[dict[str, str]]: # one row for each recipe: name, paper, family, needs, summary
     "All recipes, read from the register."
     rows = []

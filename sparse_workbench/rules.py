@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import Site, masked_
 from .patterns import Pattern, check_scores, check_shard, drops, groups_before, keep_top, masks
 from .schedules import Schedule, fraction as checked_fraction
-from .scores import Score, chance, gradient, held, magnitude, random
+from .scores import Score, chance, gradient, held, magnitude, momentum, random
 
 Rule = Callable[[Site, Pattern], None]
 
@@ -85,7 +85,7 @@ def drop_grow(drop_score: Score = magnitude, # what is small goes
     share: Schedule = fraction if callable(fraction) else lambda t, f=checked_fraction('fraction', fraction): f # type: ignore[misc]
     needs = needed(drop_score, grow_score)
     def rule(site: Site, p: Pattern) -> None:
-        blind = 'grad' in needs and site.grad is None and 'grad' not in site.stats
+        blind = 'grad' in needs and site.grad is None and 'grad' not in site.stats or momentum in (drop_score, grow_score) and not site.state
         if site.step == 0 or blind or not site.numel: return keep_best(held if site.step else start)(site, p)
         check_shard(site, Pattern() if p.fixed else p)
         (now, target), d = counts(site, p), folded(site, drop_score, p)
@@ -98,7 +98,7 @@ def drop_grow(drop_score: Score = magnitude, # what is small goes
     rule.needs, rule.__name__, rule.forgets = needs, f'drop_grow({named(drop_score)}, {named(grow_score)})', at_zero # type: ignore[attr-defined]
     return rule
 
-# %% ../nbs/api/20_rules.ipynb #4b91ee9f
+# %% ../nbs/api/20_rules.ipynb #0975f67b
 def carry(rule: Rule, # the rule that is wrapped
           new: Rule) -> Rule: # the wrapper
     "Name, needs and memory of a rule pass to the rule that wraps it."
@@ -114,7 +114,7 @@ def explored(rule: Rule) -> Rule:
         site.stats['explored'] = site.stats.get('explored', site.mask) | site.mask
     return carry(rule, watch)
 
-# %% ../nbs/api/20_rules.ipynb #ccca60b9
+# %% ../nbs/api/20_rules.ipynb #7b9f1af5
 def exploration(sites: Iterable[Site]) -> float:
     "ITOP's R: the fraction of all weights that were active at some time."
     sites = list(sites)
@@ -122,14 +122,14 @@ def exploration(sites: Iterable[Site]) -> float:
         raise ValueError(f"nobody watched {missing[0]}: make the rule explored(rule) before training")
     return sum(int(s.stats['explored'].sum()) for s in sites) / max(1, sum(s.numel for s in sites))
 
-# %% ../nbs/api/20_rules.ipynb #6200d809
+# %% ../nbs/api/20_rules.ipynb #42e89526
 def nowhere(site: Site, old: Tensor) -> Tensor: # bool like the mask
     "Nothing is forgotten."
     return torch.zeros_like(old)
 
 def when_dense(site: Site, old: Tensor) -> Tensor: # bool like the mask
-    "Everything is forgotten when nothing is pruned any more; else nothing."
-    return torch.full_like(old, site.sparsity == 0)
+    "Everything is forgotten when nothing is pruned any more, and something was; else nothing."
+    return torch.full_like(old, site.sparsity == 0 and not old.all())
 
 def forgetting(rule: Rule, where: Callable[[Site, Tensor], Tensor]) -> Rule:
     "The same rule, after which the optimizer forgets `where(site, old_mask)`."
@@ -138,7 +138,7 @@ def forgetting(rule: Rule, where: Callable[[Site, Tensor], Tensor]) -> Rule:
     carry(rule, same).forgets = where # type: ignore[attr-defined]
     return same
 
-# %% ../nbs/api/20_rules.ipynb #5632f685
+# %% ../nbs/api/20_rules.ipynb #8ef9316b
 def rewire(noise: float = 1e-5, # standard deviation of what is added to every kept weight at each step
            seed: int = 0, start: Score = random) -> Rule:
     "Deep rewiring: weights that change sign go dormant, dormant ones are drawn at random in their place."
@@ -157,7 +157,7 @@ def rewire(noise: float = 1e-5, # standard deviation of what is added to every k
     rule.needs, rule.__name__ = (), 'rewire' # type: ignore[attr-defined]
     return rule
 
-# %% ../nbs/api/20_rules.ipynb #f5de56ad
+# %% ../nbs/api/20_rules.ipynb #a90b4b07
 def two_sets(score: Score = magnitude,
              wider: float = 2., # how many times as many weights learn as are seen
              ) -> Rule:
@@ -172,7 +172,7 @@ def two_sets(score: Score = magnitude,
     carry(see, rule).latent = True # type: ignore[attr-defined]
     return rule
 
-# %% ../nbs/api/20_rules.ipynb #1695d760
+# %% ../nbs/api/20_rules.ipynb #d4bd9138
 def shrinking(rule: Rule = keep_best(), # chooses what is small
               factor: float = .95, # 0 would be iterative hard thresholding
               ) -> Rule:
@@ -183,7 +183,7 @@ def shrinking(rule: Rule = keep_best(), # chooses what is small
         if site.step: site.weight.copy_(torch.where(site.mask, site.weight, f * site.weight)) # type: ignore[arg-type]
     return forgetting(carry(rule, soft), nowhere)
 
-# %% ../nbs/api/20_rules.ipynb #0a2a9264
+# %% ../nbs/api/20_rules.ipynb #4a3e3ef6
 def regrouped(rule: Rule, groups: Callable[[int], tuple[int, int]] # t -> (N, M), multiples of the pattern's
               ) -> Rule:
     "The same rule under N:M with wider groups, as `groups` says of the step; for patterns nm(N, M)."
@@ -194,7 +194,7 @@ def regrouped(rule: Rule, groups: Callable[[int], tuple[int, int]] # t -> (N, M)
         rule(site, replace(p, group=(of, 1) if p.group[0] > 1 else (1, of), name='') if of > line else p)
     return carry(rule, wider)
 
-# %% ../nbs/api/20_rules.ipynb #082fb1c0
+# %% ../nbs/api/20_rules.ipynb #becfbde3
 def given(masks: Mapping[str, Tensor] # by name of the site: bool like the weight, True = kept
           ) -> Rule:
     "The rule that takes masks from a table. KeyError or ValueError when one is missing or does not fit."

@@ -100,7 +100,9 @@ def journey_steps(sparsity: float, total_steps: int, # of the training
                   period: int = 100, # steps between prunings
                   ) -> tuple[int, int]: # first and last pruning, whole periods apart
     "The window in steps."
-    first, last = (round(x * total_steps) for x in journey_window(sparsity)[:2])
+    a, b, _ = journey_window(sparsity)
+    first, last = round(a * total_steps), round(b * total_steps)
+    if first == last: raise ValueError(f"{total_steps} steps leave no room between the first pruning and the last: train for {math.ceil(2 / (b - a))} steps or more")
     if not 1 <= period <= last - first: raise ValueError(f"period={period!r}: pruning goes on for {last - first} of {total_steps} steps, so use 1 to {last - first}")
     return first, first + (last - first) // period * period
 

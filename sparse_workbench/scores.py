@@ -100,10 +100,11 @@ def movement(site: Site) -> Tensor:
 # %% ../nbs/api/11_scores.ipynb #21f97b04
 @criterion()
 def momentum(site: Site) -> Tensor:
-    "|momentum| of SGD, |m / (√v + 1e-8)| of Adam"
+    "|momentum| of SGD, |m / (√v + 1e-8)| of Adam, |m| where no v is kept (Lion, Adamax)"
     s = {k: v[slice(*site.rows)] for k, v in site.state.items()}
     if 'momentum_buffer' in s: return s['momentum_buffer'].abs()
     if 'exp_avg' in s and 'exp_avg_sq' in s: return s['exp_avg'].abs() / (s['exp_avg_sq'].sqrt() + 1e-8)
+    if 'exp_avg' in s: return s['exp_avg'].abs()
     raise KeyError(f"{site.name} has no momentum: train with torch.optim.SGD(…, momentum=0.9) or an Adam, and ask for it after the first step")
 
 # %% ../nbs/api/11_scores.ipynb #14224bb4

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'Bucket', 'join', 'parts', 'spread', 'packed', 'pack', 'buckets', 'needs', 'stamp', 'check_unchanged',
-           'kept', 'pass_gradient', 'enter', 'optimizer_state', 'newborn', 'check_all_finite', 'arriving', 'joint',
-           'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'around', 'unscaled', 'rehearsal',
-           'before_step', 'Sparsifier', 'check_fit', 'check_attach', 'first_masks', 'attach', 'detach', 'flipped',
-           'changes', 'Events', 'record', 'called', 'state_dict', 'load_state_dict', 'copy_stats']
+           'kept', 'pass_gradient', 'enter', 'start_again', 'optimizer_state', 'newborn', 'check_all_finite',
+           'arriving', 'joint', 'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'around', 'unscaled',
+           'rehearsal', 'before_step', 'Sparsifier', 'check_fit', 'check_attach', 'first_masks', 'attach', 'detach',
+           'flipped', 'changes', 'Events', 'record', 'called', 'state_dict', 'load_state_dict', 'copy_stats']
 
 # %% ../nbs/api/23_sparsifier.ipynb #9935b7bc
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +121,14 @@ def enter(sp: 'Sparsifier') -> None:
     sp.stamps, sp.inside = [stamp(s) for s in sp.sites], True
 
 # %% ../nbs/api/23_sparsifier.ipynb #a6d75574
+def start_again(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    "Where nothing of a parameter is remembered, its counts begin anew too, so that Adam corrects its moments for their start at zero."
+    state = optimizer.state.get(parameter, {})
+    if any(bool(local(v).any()) for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape): return
+    for k, v in state.items():
+        if isinstance(v, Tensor): v.fill_(k in ('mu', 'mu_product')) # factors begin at one (NAdam, ASGD), all else at zero
+        elif isinstance(v, (int, float)): state[k] = type(v)(0)
+
 def optimizer_state(optimizer: torch.optim.Optimizer | None, site: Site) -> dict[str, Tensor]:
     "Every optimizer state that is shaped like the parameter, as the site sees it."
     state = {} if optimizer is None else optimizer.state.get(site.parameter, {})
@@ -187,9 +195,10 @@ def choose(sp: 'Sparsifier') -> None:
         raise
     if sp.optimizer is not None and not sp.flow.latent:
         for s, m in zip(sp.sites, old):
-            if m is not None and (state := optimizer_state(sp.optimizer, s)):
+            if m is not None and sp.optimizer.state.get(s.parameter):
                 gone = getattr(sp.rule, 'forgets', newborn)(s, m)
-                for v in state.values(): v.masked_fill_(gone, 0)
+                for v in optimizer_state(sp.optimizer, s).values(): v.masked_fill_(gone, 0)
+                if s.numel and s.sparsity == 0 and gone.all(): start_again(sp.optimizer, s.parameter)
     for f in sp.listeners: f(sp, old)
     for s in sp.sites: s.grad, s.state = None, {}
 
@@ -217,6 +226,8 @@ def leave(sp: 'Sparsifier') -> None:
             for b in sp.buckets:
                 ws = [s.weight for s in b.sites]
                 spread(b, ws, sp.flow.decay(join(ws), packed(b, 'mask'), sp.t))
+        if sp.flow.decay_site is not None:
+            for s in sp.sites: s.weight.copy_(sp.flow.decay_site(s, sp.pattern, sp.t))
         sp.t += 1
         try:
             if sp.when(sp.t):

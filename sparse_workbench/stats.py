@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import Site, sites
+from .core import Site, sites, submodule
 
 # %% ../nbs/api/10_stats.ipynb #ed9fbc6c
 def call(model: nn.Module, batch: Any) -> Any:
@@ -118,7 +118,7 @@ def inputs_of(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
 # %% ../nbs/api/10_stats.ipynb #ff51e0dd
 def modules_of(model: nn.Module, site: Site) -> list[nn.Module]:
     "Every module that uses the weight, also under its other names."
-    return [site.module, *[model.get_submodule(a.rpartition('.')[0]) for a in site.aliases]]
+    return [site.module, *[submodule(model, a.rpartition('.')[0]) for a in site.aliases]]
 
 # %% ../nbs/api/10_stats.ipynb #3baafdf5
 def in_norms(model: nn.Module, sites: Iterable[Site], cal: Calibration) -> None:

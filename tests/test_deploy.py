@@ -346,6 +346,110 @@ def test_compiled_models(table):
     assert torch.allclose(compiled(x), right, atol=1e-5)
 
 
+# Feed-forward layers in one pass
+
+def decoder(): # of two layers, pruned, and a batch
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(97, 64, 128, 2, 4, 2, 16)).eval()
+    prune(model, .75, pattern='block16')
+    return model, torch.randint(97, (2, 12))
+
+
+def fused_modules(model): return [n for n, m in model.named_modules() if isinstance(vars(m).get('forward'), deploy.Fused)]
+
+
+def test_feed_forward_layers_are_fused_where_a_kernel_takes_both_weights(table, monkeypatch, tmp_path):
+    register(instant())
+    model, ids = decoder()
+    plain, right = copy.deepcopy(model), model(ids)
+    _, told = export(copy.deepcopy(model), ids, budget=20, gain=1e-9)
+    assert told.fused == [], 'no kernel of a CPU takes gate and up at once'
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    names = [n.replace('weight', 'values') for n in model.state_dict() if 'proj' in n]
+    model, told = export(model.train(), ids, budget=20, gain=1e-9)
+    mlps = [f'model.layers.{i}.mlp' for i in (0, 1)]
+    assert model.training and fused_modules(model) == [r['name'] for r in told.fused] == mlps, told
+    assert all(r['activation'] == 'silu' and r['error'] < 1e-4 and r['faster'] > 0 and not r['reason'] for r in told.fused) and 'silu in one pass' in repr(told) and 'silu in one pass' in told._repr_html_()
+    assert {n for n in model.state_dict() if n.endswith('values')} == set(names), 'names of the state dict stay'
+    model.eval()
+    calls = []
+    for m in (model, copy.deepcopy(model)):
+        assert torch.allclose(m(ids), right, atol=1e-4)
+        for n in mlps: m.get_submodule(n).forward.mlp.register_forward_hook(lambda *_: calls.append(1))
+        m(ids)
+        m.train()(ids)
+        m.eval()
+    assert len(calls) == 2 * 2, 'in evaluation, and only there'
+    twin = copy.deepcopy(model)
+    with torch.no_grad(): twin.model.layers[0].mlp.gate_proj.values.zero_()
+    assert torch.allclose(model(ids), right, atol=1e-4) and not torch.allclose(twin(ids), right, atol=1e-4), 'a copy has layers of its own'
+    back = load_sparse(save_sparse(model, tmp_path/'m'))
+    assert same(back, plain) and fused_modules(back) == []
+    model.train()(ids).square().mean().backward()
+    plain.train()(ids).square().mean().backward()
+    up, dense = model.model.layers[0].mlp.up_proj, plain.model.layers[0].mlp.up_proj.weight
+    grad = unpack(replace(up.packed, tensors=up.packed.tensors | dict(values=up.values.grad)))
+    assert torch.allclose(grad[dense != 0], dense.grad[dense != 0], atol=1e-5) and grad.any()
+
+
+def test_fused_layers_compile(table, monkeypatch):
+    register(replace(choose('block', torch.ones(1, 16, 16), 64), name='own', device='cpu'))
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    model, ids = decoder()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    right = compiled(ids)
+    out, told = export(compiled, ids, budget=10, gain=1e-9)
+    assert out is compiled and [r['name'] for r in told.fused] == ['model.layers.0.mlp', 'model.layers.1.mlp'] == fused_modules(model)
+    assert torch.allclose(compiled(ids), right, atol=1e-4)
+    torch.compiler.reset()
+    with torch.no_grad(): assert torch.allclose(compiled(ids), right, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_slower_in_one_pass_stays_apart(table, monkeypatch):
+    register(instant())
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    monkeypatch.setattr(deploy, 'one_pass', lambda *a: (1e-12, 1.))
+    model, ids = decoder()
+    model, told = export(model, ids, budget=10, gain=1e-9)
+    assert told.total['sparse'] and fused_modules(model) == [] and len(told.fused) == 2 and all(r['reason'] == 'less than 1e-09x' for r in told.fused)
+    assert 'are 0.00x, so they stay apart (less than 1e-09x)' in repr(told)
+
+
+def test_a_failure_leaves_nothing_fused(table, monkeypatch):
+    k, ids = instant(), decoder()[1]
+    register(k)
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    model, _ = decoder()
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match='and 0 is allowed'): export(model, ids, budget=10, gain=1e-9, tolerance=0.)
+    assert same(model, before) and fused_modules(model) == [] and not any('forward' in vars(m) for m in model.modules())
+
+
+class Parts(nn.Module):
+    "Three linear layers, of which only some make a feed-forward layer."
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b, self.c = how, nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+    def forward(self, x, more=None): return self.how(self, x)
+
+
+@pytest.mark.parametrize('how, activation', [
+    (lambda m, x: m.c(m.a(x).relu() * m.b(x)), 'relu'), (lambda m, x: m.c(nn.functional.gelu(m.b(x), approximate='tanh') * m.a(x)), 'gelu'), (lambda m, x: m.c(m.a(x) * m.b(x)), 'none'),
+    (lambda m, x: m.c(m.a(x).tanh() * m.b(x)), None), (lambda m, x: m.c(m.a(x).relu() + m.b(x)), None), (lambda m, x: (m.c(m.a(x).relu() * m.b(x)),), None),
+    (lambda m, x: x + m.c(m.a(x).relu() * m.b(x)), None), (lambda m, x: m.c(m.a(x.view(4, 2, 32)).relu() * m.b(x.view(4, 2, 32))).view(8, 32), 'relu')])
+def test_feed_forward_layers_are_known_by_what_they_compute(table, monkeypatch, how, activation):
+    register(instant())
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: True)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), Parts(how)).eval(), torch.randn(8, 32)
+    prune(model, .75, pattern='block16')
+    plain = copy.deepcopy(model)
+    model, told = export(model, x, budget=10, gain=1e-9)
+    assert [r['activation'] for r in told.fused] == [activation] * (activation is not None) and fused_modules(model) == ['1'] * (activation is not None)
+    for a, b in zip(deploy.tensors(model(x)), deploy.tensors(plain(x))): assert torch.allclose(a, b, atol=1e-5)
+
+
 # Advice
 
 def test_advice(table):

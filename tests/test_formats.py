@@ -9,6 +9,8 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -436,11 +438,7 @@ def test_which_weights_are_stored_sparse(tmp_path):
 
 
 def test_compiled_model(tmp_path):
-    class Compiled(nn.Module): # what torch.compile returns: the module under one more name
-        def __init__(self, module):
-            super().__init__()
-            self._orig_mod = module
-    model, back = (Compiled(nn.Sequential(nn.Linear(4, 4))) for _ in range(2))
+    model, back = (torch.compile(nn.Sequential(nn.Linear(4, 4)), backend='eager') for _ in range(2))
     assert list(manifest(save_sparse(model, tmp_path/'m'))['tensors']) == ['0.weight', '0.bias']
     assert load_sparse(tmp_path/'m', back) is back
     assert_same(model, back)
@@ -657,6 +655,55 @@ def test_replaced_only_when_complete(tmp_path, monkeypatch):
     save_sparse(model, folder)
     assert snapshot(folder) != before and os.listdir(tmp_path) == ['m']
     assert_same(load_sparse(folder, other(model)), model)
+
+
+SAVES = """
+import sys, torch
+from torch import nn
+from sparse_workbench.formats import save_sparse
+from sparse_workbench.oneshot import prune
+model = nn.Sequential(nn.Linear(32, 32))
+nn.init.constant_(model[0].weight, float(sys.argv[2]))
+prune(model, .5)
+print('ready', flush=True)
+sys.stdin.readline()
+for _ in range(40): save_sparse(model, sys.argv[1])
+"""
+
+
+def test_processes_that_save_into_one_folder_leave_one_whole_model(root, tmp_path):
+    env = dict(os.environ, PYTHONPATH=str(root))
+    running = [subprocess.Popen([sys.executable, '-P', '-c', SAVES, str(tmp_path/'m'), str(i)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in (1, 2, 3)]
+    for p in running: assert p.stdout.readline() == 'ready\n', p.stderr.read()[-2000:]
+    for p in running: p.stdin.write('go\n'), p.stdin.flush()
+    for p in running:
+        _, words = p.communicate()
+        assert not p.returncode, words[-2000:]
+    model = load_sparse(tmp_path/'m', nn.Sequential(nn.Linear(32, 32)))
+    kept = model[0].weight[model[0].weight != 0].unique()
+    assert len(kept) == 1 and kept.item() in (1, 2, 3) and int((model[0].weight == 0).sum()) == 512, 'of one process, whole'
+    assert [p.name for p in tmp_path.iterdir()] == ['m'], 'and nothing beside it'
+
+
+def test_a_folder_that_reappears_is_replaced(tmp_path, monkeypatch):
+    "Another process puts its model where the old one was, between the two renames."
+    model, folder = pair()[0], tmp_path/'m'
+    save_sparse(model, folder)
+    rename, late = Path.rename, []
+    def slow(self, to):
+        if self.name == 'm' and len(late) < 3:
+            rename(self, to)
+            late.append(shutil.copytree(to, self))
+        else: return rename(self, to)
+    monkeypatch.setattr(Path, 'rename', slow)
+    with torch.no_grad(): next(model.parameters()).fill_(7.)
+    save_sparse(model, folder)
+    assert len(late) == 3 and [p.name for p in tmp_path.iterdir()] == ['m']
+    assert_same(load_sparse(folder, other(model)), model)
+
+
+def test_masks_need_values():
+    with pytest.raises(ValueError, match='weight is on the meta device: load its values first'): formats.masks_from_zeros(nn.Linear(4, 4, device='meta'))
 
 
 def test_foreign_folders_are_left_alone(tmp_path, monkeypatch):

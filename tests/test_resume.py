@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparse_workbench import recipes
 from sparse_workbench.data import digits
-from sparse_workbench.loop import fit, read_checkpoint, series, shuffled, write_checkpoint
+from sparse_workbench.loop import fit, patience, read_checkpoint, series, shuffled, write_checkpoint
 from sparse_workbench.sparsifier import Sparsifier
 from sparse_workbench.testing import seeded
 
@@ -211,6 +211,55 @@ def test_killed_while_writing(folder):
     "The newest checkpoint can be read after every kill, and it is never older than before."
     steps = json.loads((folder / 'steps').read_text())
     assert len(steps) > 2 and steps == sorted(steps) and steps[-1] > steps[0]
+
+
+# What another run would make of a checkpoint
+
+def grouped(*order: int) -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+    "Three layers in three groups, of which two have the same shapes."
+    with seeded(): model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    opt = torch.optim.SGD([dict(params=list(model[i].parameters()), lr=.1 / (i + 1)) for i in order], momentum=.9)
+    return model, opt, recipes.rigl(model, opt, sparsity=.5, total_steps=12)
+
+
+def fitted(made: tuple, folder: Path | None, steps: int = 12, **how) -> list:
+    model, opt, sp = made
+    with seeded(1): x = torch.randn(96, 16)
+    return fit(model, opt, lambda m, b: (m(b[0]) - b[0][:, :8].sin()).square().mean(), shuffled(x, batch=32), steps, sparsifier=sp, checkpoint=folder, **dict(every=4) | how)
+
+
+def test_groups_in_another_order_are_refused(tmp_path):
+    "The layers have the same shapes, so that torch would load the moments of one into the other without a word."
+    fitted(grouped(0, 2, 4), tmp_path, stop=lambda rows: True)
+    turned = grouped(2, 0, 4)
+    before = {k: v.clone() for k, v in turned[0].state_dict().items()}
+    with pytest.raises(ValueError, match="the checkpoint's optimizer has 0.weight where this one has 2.weight: give it the parameters in the same groups and order"): fitted(turned, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in turned[0].state_dict().items())
+    straight, again = grouped(0, 2, 4), grouped(0, 2, 4)
+    fitted(straight, None), fitted(again, tmp_path)
+    for a, b in zip(straight[0].parameters(), again[0].parameters()): assert torch.equal(a, b)
+
+
+def test_a_checkpoint_without_names_still_loads(tmp_path):
+    "Those of earlier versions."
+    fitted(grouped(0, 2, 4), tmp_path, stop=lambda rows: True)
+    state = read_checkpoint(tmp_path)
+    del state['groups']
+    write_checkpoint(tmp_path, state)
+    assert fitted(grouped(0, 2, 4), tmp_path)[-1]['step'] == 12
+
+
+@pytest.mark.parametrize('how, said', [(dict(every=0), 'every=0: measure every so many steps'), (dict(scheduler='plateau'), 'ReduceLROnPlateau waits for measurements'), (dict(stop=patience('acuracy', 2)), "no record named 'acuracy': there are ")])
+def test_what_the_loop_cannot_do_is_said(how, said):
+    made = grouped(0, 2, 4)
+    if 'scheduler' in how: how = dict(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(made[1]))
+    with pytest.raises(ValueError, match=said): fitted(made, None, **how)
+
+
+def test_an_optimizer_that_calls_the_loss_is_refused():
+    model = network(16, 32)
+    with pytest.raises(ValueError, match=r'LBFGS calls the loss itself: write the loop with optimizer.step\(closure\)'):
+        fit(model, torch.optim.LBFGS(model.parameters()), lambda m, b: m(b[0]).sum(), shuffled(torch.randn(32, 16), batch=8), 4)
 
 
 if __name__ == '__main__':

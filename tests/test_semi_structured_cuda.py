@@ -2,6 +2,7 @@
 
 Runs under pytest, and as a script where there is no pytest: python tests/test_semi_structured_cuda.py
 """
+import itertools
 import sys
 from unittest.mock import patch
 
@@ -49,18 +50,47 @@ def test_product_and_gradients():
                 assert a.dtype == dtype and close(a.float(), e), (dtype, tokens)
 
 
-def test_one_conversion_and_one_search():
-    from sparse_workbench.kernels import semi_structured as S
-    from sparse_workbench.kernels.linear import sparse_linear
-    seen = []
-    def noted(name):
-        real = getattr(torch, name)
-        return lambda *a, **kw: seen.append(name) or real(*a, **kw)
-    S._ALGORITHMS.clear()
+def test_one_conversion_one_search_one_plan():
+    from sparse_workbench.kernels import cusparselt as C, semi_structured as S
+    from sparse_workbench.kernels.linear import sparse_linear, unpack
     ps, x = [S.prune_pack(torch.randn(128, 64, device='cuda').bfloat16()) for _ in range(2)], torch.randn(48, 64, device='cuda').bfloat16()
-    with patch.multiple(torch, **{n: noted(n) for n in ('_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm')}), torch.no_grad():
-        for p in ps * 3: sparse_linear(x, p)
-    assert [seen.count(n) for n in ('_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm')] == [2, 1, 6], seen
+    assert C.works(x.device)
+    C._FOUND.clear()
+    C.planned.cache_clear()
+    with ran(torch, '_cslt_compress') as packed, ran(C, 'call') as asked, torch.no_grad():
+        ys = [sparse_linear(x, p) for p in ps * 3]
+    names = [a[0] for a in asked]
+    assert [len(packed), names.count('MatmulSearch'), names.count('MatmulPlanInit'), names.count('Matmul')] == [2, 1, 2, 6], names
+    for y, p in zip(ys, ps * 3): assert y.is_contiguous() and close(y.float(), F.linear(x.float(), unpack(p).float()))
+
+
+def test_without_plans():
+    from sparse_workbench.kernels import cusparselt as C, semi_structured as S
+    from sparse_workbench.kernels.linear import sparse_linear, unpack
+    S._ALGORITHMS.clear()
+    ps, x = [S.prune_pack(torch.randn(128, 64, device='cuda').bfloat16()) for _ in range(2)], torch.randn(45, 64, device='cuda').bfloat16()
+    with patch.object(C, 'works', lambda device: False), ran(torch, '_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm') as calls, torch.no_grad():
+        ys = [sparse_linear(x, p) for p in ps * 3]
+    assert [len(v) for v in calls.values()] == [2, 1, 6], calls.keys()
+    for y, p in zip(ys, ps * 3): assert y.is_contiguous() and close(y.float(), F.linear(x.float(), unpack(p).float()))
+
+
+def test_plans_of_every_size_bias_and_stream():
+    from blocks import captured
+
+    from sparse_workbench.kernels import semi_structured as S
+    from sparse_workbench.kernels.linear import sparse_linear, unpack
+    for (out, inp), tokens in itertools.product(((32, 64), (4096, 512), (96, 4096)), (1, 16, 333, 4096)):
+        p, x = S.prune_pack(torch.randn(out, inp, device='cuda').half()), torch.randn(tokens, inp, device='cuda').half() / inp**.5
+        for bias in (None, torch.randn(out, device='cuda').half(), torch.randn(out, 2, device='cuda').half()[:, 1]):
+            right = F.linear(x.float(), unpack(p).float(), None if bias is None else bias.float())
+            assert close(sparse_linear(x, p, bias).float(), right), (out, inp, tokens)
+            with torch.cuda.stream(side := torch.cuda.Stream()):
+                side.wait_stream(torch.cuda.default_stream())
+                y = sparse_linear(x, p, bias)
+            side.synchronize()
+            assert close(y.float(), right), (out, inp, tokens, 'stream')
+    captured(lambda: [sparse_linear(x, p, bias)])
 
 
 def test_one_conversion_of_float32_under_autocast():
@@ -69,8 +99,8 @@ def test_one_conversion_of_float32_under_autocast():
     p, x = prune_pack(torch.randn(128, 64, device='cuda').bfloat16()), torch.randn(48, 64, device='cuda')
     wide = Packed('2:4', p.shape, dict(p.tensors, values=p.values.float().requires_grad_()))
     with torch.autocast('cuda', torch.bfloat16):
-        with torch.no_grad(), ran(torch, '_cslt_compress', '_cslt_sparse_mm') as calls: ys = [sparse_linear(x, wide) for _ in range(3)]
-        assert (len(calls['_cslt_compress']), len(calls['_cslt_sparse_mm'])) == (1, 3)
+        with torch.no_grad(), ran(torch, '_cslt_compress') as calls: ys = [sparse_linear(x, wide) for _ in range(3)]
+        assert len(calls) == 1
         assert all(torch.equal(y, ys[0]) for y in ys) and close(ys[0].float(), F.linear(x.bfloat16().float(), unpack(p).float()))
         with ran(torch, '_cslt_compress') as calls, torch.no_grad():
             wide.values.mul_(2)

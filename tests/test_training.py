@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from sparse_workbench import flows, recipes, rules, schedules, scores
 from sparse_workbench.allocation import borrow, er, erk, erk_plus, global_, redistribute, uniform, uniform_plus
 from sparse_workbench.core import Site, sites
+from sparse_workbench.optimizers import MaskedAdam, StepAdam
 from sparse_workbench.patterns import Pattern, block, nm, per_row, row, unstructured
 from sparse_workbench.recipes import REGISTER
 from sparse_workbench.rules import drop_grow, exploration, explored, keep_best
 from sparse_workbench.schedules import every
 from sparse_workbench.sparsifier import Sparsifier
 from sparse_workbench.stats import Calibration, class_loss
-from sparse_workbench.testing import assert_same, check_mask, check_promises, convnet, mlp, seeded, snapshot, tiny_gpt2, train
+from sparse_workbench.testing import assert_same, check_mask, check_promises, convnet, mlp, same_after_load, same_through_closure, seeded, snapshot, tiny_gpt2, train
 
 TRAINING = {n: r['recipe'] for n, r in REGISTER.items() if r['family'] == 'training'}
 SOFT = ('iss_p', 'mask_sparsity', 'mask_decay', 'cast')      # use what they will remove until they cut it: the stated exception
+ROWS = ('mask_sparsity', 'group_lasso')     # take whole rows unless told otherwise
 OWN: dict[str, dict] = dict(blast=dict(pattern=block(4)))
 FREE = {n: dict(pattern=unstructured()) for n in ('ste', 'sr_ste', 'mask_decay', 'asp', 'masked_decay', 's_ste', 'ast', 'cast', 'step', 'bdwp')}     # 2:4 unless told otherwise
 FREE['structure_decay'] = dict(pattern=nm(1, 4))
@@ -81,7 +83,7 @@ def test_promises_of_a_language_model(name):
     check_promises(make)
 
 
-WANTED = dict(static=lambda t, T: .9, retrain=lambda t, T: .9, set=lambda t, T: .9, rigl=lambda t, T: .9, itop=lambda t, T: .9, snfs=lambda t, T: .9,
+WANTED = dict(group_lasso=lambda t, T: .9 if t >= T // 2 else 0, static=lambda t, T: .9, retrain=lambda t, T: .9, set=lambda t, T: .9, rigl=lambda t, T: .9, itop=lambda t, T: .9, snfs=lambda t, T: .9,
               deepr=lambda t, T: .9, top_kast=lambda t, T: .9, iss_p=lambda t, T: .9, mask_sparsity=lambda t, T: .9, ste=lambda t, T: .9, sr_ste=lambda t, T: .9,
               mask_decay=lambda t, T: .9, asp=lambda t, T: .9, s_ste=lambda t, T: .9, ast=lambda t, T: .9, cast=lambda t, T: .9, bdwp=lambda t, T: .9,
               masked_decay=lambda t, T: .9 if t < int(5/6 * T) else 0, step=lambda t, T: .9 if t >= T / 2 else 0,
@@ -95,10 +97,10 @@ WANTED = dict(static=lambda t, T: .9, retrain=lambda t, T: .9, set=lambda t, T: 
 @pytest.mark.parametrize('name', [n for n in TRAINING if n not in ('journey', 'structure_decay')])
 def test_exactly_as_sparse_as_the_paper_says_at_every_step(name):
     T, seen = 40, []
-    out = made(name, total=T, sparsity=.9, frequency=2, pattern=row() if name == 'mask_sparsity' else unstructured())
+    out = made(name, total=T, sparsity=.9, frequency=2, pattern=row() if name in ROWS else unstructured())
     def look(sp):
         pruned, n = sum(int((~s.mask).sum()) for s in sp.sites), sum(s.numel for s in sp.sites)
-        tile = max(s.numel / p for s in sp.sites for p in [s.shape[0]]) if name == 'mask_sparsity' else 16 if name == 'blast' else 1
+        tile = max(s.numel / p for s in sp.sites for p in [s.shape[0]]) if name in ROWS else 16 if name == 'blast' else 1
         want = WANTED[name](sp.t, T)
         assert abs(pruned - want * n) <= tile * len(sp.sites) / 2 + 1e-6, (sp.t, pruned / n, want)
         seen.append(pruned)
@@ -430,6 +432,28 @@ def test_iss_p_by_hand():
             assert bool(s.weight[~s.mask].any()) == (t < 11)
 
 
+@pytest.mark.parametrize('p, r, c', [(row(), 1, None), (block(4), 4, 4), (unstructured(), 1, 1)], ids=str)
+def test_group_lasso_by_hand(p, r, c):
+    "SGD with momentum, then every unit w max(0, 1 − λ/‖w‖); after step 12 the shortest half is gone, and the rest trains on."
+    lam, out = .02, double('group_lasso', strength=.02, pattern=p, sparsity=.5)
+    hand, emptied = ByHand(out), 0
+    def change(h, t, g):
+        nonlocal emptied
+        for n in h.mask if t <= 12 else ():
+            w = h.p[n].detach()
+            units = w.view(w.shape[0] // r, r, -1, c or w.shape[1])
+            units.mul_((1 - lam / units.norm(dim=(1, 3), keepdim=True)).clamp_min(0))
+            length = units.norm(dim=(1, 3))
+            emptied += int((length == 0).sum())
+            if t < 12: continue
+            stay = length.flatten().argsort(descending=True, stable=True)[:length.numel() - round(.5 * length.numel())]
+            keep = torch.zeros(length.numel(), dtype=torch.bool).index_fill_(0, stay, True).view(length.shape[0], 1, length.shape[1], 1)
+            h.put(n, set(keep.expand(units.shape).reshape(-1).nonzero().flatten().tolist()), forget=False)
+    compare(out, hand, change)
+    assert emptied > 0 or p != unstructured()
+    assert sum(int((~s.mask).sum()) for s in out[2].sites) == 736
+
+
 def test_a_weight_that_stays_small_for_100_steps_is_gone():
     model = mlp().double()
     w = model[0].weight.detach().clone()
@@ -553,6 +577,23 @@ def test_spdf_wakes_every_weight_from_zero():
     assert out[2].report().total['achieved'] < .3
 
 
+@pytest.mark.parametrize('name', ['spdf', 'acdc'])
+@pytest.mark.parametrize('optimizer', ['adam', 'adamw_fused', 'adamw_foreach', 'nadam', 'radam', 'adamax', 'lion', 'masked_adam', 'adadelta', 'rmsprop', 'adagrad', 'adafactor', 'sgd'])
+def test_a_dense_phase_begins_as_with_a_new_optimizer(name, optimizer):
+    "Where every weight is pruned, what follows is what a fresh optimizer does, bit for bit."
+    def build() -> nn.Module:
+        with seeded(): return nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 8, bias=False))
+    out = made(name, OPTIMIZERS[optimizer], build=build, total=80)
+    while not (out[2].t and all(s.mask.all() and (s.weight == 0).any() for s in out[2].sites)): train(out, [out[2].t])
+    T, model = out[2].t, build()
+    model.load_state_dict(out[0].state_dict())
+    fresh = OPTIMIZERS[optimizer](model.parameters())
+    train(out, [T, T + 1])
+    train((model, fresh, None, lambda t: (model(data(t)) - data(t)[:, :8].sin()).square().mean()), [T, T + 1])
+    assert out[2].t == T + 2 and all(s.mask.all() for s in out[2].sites)
+    assert_same(dict(model.state_dict()), dict(out[0].state_dict()))
+
+
 def test_exploration_counts_every_mask():
     out = made('itop', total=30, frequency=3)
     union = [s.mask.clone() for s in out[2].sites]
@@ -596,6 +637,133 @@ def test_noise_is_new_at_every_step_and_the_same_everywhere():
     assert torch.equal(scores.chance(1)(whole), torch.cat([scores.chance(1)(p) for p in parts]))
     x = [scores.chance(1)(Site('w', whole.module, step=t)).flatten() for t in range(5)]
     assert (torch.corrcoef(torch.stack(x)) - torch.eye(5)).abs().max() < .08
+
+
+# Every optimizer
+
+class Lion(torch.optim.Optimizer):
+    "Steps of one size along the sign of a mean of gradients; it keeps no second moment."
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (.9, .99)): super().__init__(params, dict(lr=lr, betas=betas))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
+        for g in self.param_groups:
+            for p in (p for p in g['params'] if p.grad is not None):
+                st, (a, b) = self.state[p], g['betas']
+                if not st: st['exp_avg'] = torch.zeros_like(p)
+                p.sub_(st['exp_avg'].mul(a).add(p.grad, alpha=1 - a).sign(), alpha=g['lr'])
+                st['exp_avg'].mul_(b).add_(p.grad, alpha=1 - b)
+        return loss
+
+
+O = torch.optim
+OPTIMIZERS = dict(sgd=SGD, nesterov=partial(O.SGD, lr=.05, momentum=.9, nesterov=True), sgd_foreach=partial(O.SGD, lr=.05, momentum=.9, foreach=True), sgd_fused=partial(O.SGD, lr=.05, momentum=.9, fused=True),
+                  dampened=partial(O.SGD, lr=.05, momentum=.9, dampening=.5, weight_decay=1e-2), adam=partial(O.Adam, lr=1e-2), adamw=ADAM, amsgrad=partial(O.AdamW, lr=1e-2, amsgrad=True),
+                  adamw_foreach=partial(O.AdamW, lr=1e-2, foreach=True), adamw_fused=partial(O.AdamW, lr=1e-2, fused=True), adam_fused=partial(O.Adam, lr=1e-2, fused=True),
+                  adagrad=partial(O.Adagrad, lr=1e-2), adagrad_fused=partial(O.Adagrad, lr=1e-2, fused=True), rmsprop=partial(O.RMSprop, lr=1e-3, momentum=.9, centered=True), nadam=partial(O.NAdam, lr=1e-2),
+                  radam=partial(O.RAdam, lr=1e-2), adamax=partial(O.Adamax, lr=1e-2), adadelta=partial(O.Adadelta, lr=1.), adafactor=partial(O.Adafactor, lr=1e-2), asgd=partial(O.ASGD, lr=1e-2),
+                  rprop=partial(O.Rprop, lr=1e-3), lion=Lion, masked_adam=partial(MaskedAdam, lr=1e-2), step_adam=partial(StepAdam, lr=1e-2, latest=10**6))
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_newborn_weights_start_from_nothing_in_every_optimizer(optimizer):
+    out = made('rigl', OPTIMIZERS[optimizer], total=40, frequency=2)
+    born = 0
+    for t in range(16):
+        old = [s.mask.clone() for s in out[2].sites]
+        train(out, [t])
+        for s, m in zip(out[2].sites, old):
+            assert not s.weight[~s.mask].any() and s.weight.isfinite().all()
+            if not (new := s.mask & ~m).any(): continue
+            born += int(new.sum())
+            assert not s.weight[new].any()
+            for k, v in out[1].state[s.parameter].items():
+                if torch.is_tensor(v) and v.shape == s.shape: assert not v[new].any() and (v[s.mask & m].any() or not v.any()), k
+    assert born > 20
+
+
+@pytest.mark.parametrize('name', ['rigl', 'acdc', 'top_kast'])
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_every_optimizer_resumes_with_the_same_bits(optimizer, name):
+    same_after_load(partial(made, name, OPTIMIZERS[optimizer], total=20 if name == 'acdc' else 6))
+    same_through_closure(partial(made, name, OPTIMIZERS[optimizer], total=20 if name == 'acdc' else 6))
+
+
+def test_an_optimizer_that_cannot_work_here_says_so_and_leaves_the_model_sparse():
+    "Capturable optimizers are for graphs of GPUs; on a CPU it is torch that refuses the step."
+    out = made('rigl', partial(O.AdamW, lr=1e-2, capturable=True))
+    try: train(out, range(3))
+    except (AssertionError, RuntimeError, ValueError) as e: assert 'capturable' in str(e) and out[2].t == 0
+    else: assert out[2].t == 3
+    for s in out[2].sites: assert not s.weight[~s.mask].any()
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw', 'adamw_fused', 'adamax', 'nadam', 'lion', 'masked_adam'])
+def test_sparse_momentum_grows_by_what_the_optimizer_remembers(optimizer):
+    "Also where it keeps no second moment, and past a layer that has no gradient."
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.spare = mlp(), nn.Linear(8, 8)
+        def forward(self, x): return self.net(x)
+    def build() -> nn.Module:
+        with seeded(): return Spare()
+    out = made('snfs', OPTIMIZERS[optimizer], build=build, total=20, frequency=2)
+    old = [s.mask.clone() for s in out[2].sites]
+    train(out, range(12))
+    names = [s.name for s in out[2].sites]
+    moved = {n: bool((s.mask ^ m).any()) for n, s, m in zip(names, out[2].sites, old)}
+    assert moved == {n: n != 'spare.weight' for n in names}
+    assert sum(int(s.mask.sum()) for s in out[2].sites) == sum(round(.25 * s.numel) for s in out[2].sites)
+
+
+def test_several_optimizers():
+    "Each has its own sparsifier; together they do what each does alone with the other's layers frozen at the same values."
+    def make():
+        model = mlp()
+        opts = [torch.optim.SGD(model[0].parameters(), .05, momentum=.9), torch.optim.AdamW([*model[2].parameters(), *model[4].parameters()], 1e-2)]
+        sps = [recipes.rigl(model, opts[0], sparsity=.5, total_steps=20, frequency=2, include='0'), recipes.top_kast(model, opts[1], sparsity=.75, total_steps=20, ignore='0')]
+        return model, opts, sps
+    def go(out, steps):
+        model, opts, _ = out
+        for t in steps:
+            (model(data(t)) - data(t)[:, :8].sin()).square().mean().backward()
+            for o in opts:
+                o.step()
+                o.zero_grad()
+    straight, first, second = make(), make(), make()
+    go(straight, range(12)), go(first, range(7))
+    for a, b in zip([first[0], *first[1], *first[2]], [second[0], *second[1], *second[2]]): b.load_state_dict(copy.deepcopy(a.state_dict()))
+    go(second, range(7, 12))
+    assert_same(dict(straight[0].state_dict()), dict(second[0].state_dict()))
+    assert [sp.t for sp in second[2]] == [12, 12]
+    assert [sum(int(s.mask.sum()) for s in sp.sites) for sp in straight[2]] == [256, (768 + 192) // 4]
+    for sp in straight[2]:
+        for s in sp.sites: assert not s.weight[~s.mask].any()
+    straight[2][0].detach()
+    go(straight, range(12, 14))
+    assert straight[0][0].weight.all() and (straight[0][2].weight == 0).float().mean() == .75       # the other goes on
+
+
+@pytest.mark.parametrize('name', TRAINING)
+def test_detached_and_attached_again(name):
+    "Nothing is left on the optimizer, weights that are kept stay as they are however often, and it trains on."
+    out = made(name, ADAM, total=12, frequency=3)
+    train(out, range(5))
+    model, opt, sp, _ = out
+    weights, masks = {k: v.clone() for k, v in model.state_dict().items()}, [s.mask.clone() for s in sp.sites]
+    for _ in range(3):
+        sp.detach()
+        assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
+        sp.attach(opt)
+        assert name == 'deepr' or all(torch.equal(s.mask, m) for s, m in zip(sp.sites, masks))          # which draws at every step
+        for s in sp.sites: weights[s.name] = torch.where(s.mask, weights[s.name], model.state_dict()[s.name])
+        if name != 'deepr': assert_same(weights, dict(model.state_dict()))
+    train(out, range(5, 12))
+    assert sp.t == 12 and all(s.weight.isfinite().all() for s in sp.sites)
 
 
 # Two processes
@@ -709,7 +877,81 @@ def test_mistakes_of_outer_loops():
     with pytest.raises(ValueError, match='rate=20 is the share'): recipes.imp(mlp(), job, sparsity=.5, rate=20)
     with pytest.raises(ValueError, match='zeros of model 0 and model 1 differ'): recipes.soup([mlp(), pruned()])
     with pytest.raises(ValueError, match='has batch norms'): recipes.soup([convnet(), convnet()])
+    with pytest.raises(ValueError, match='and there is none: give copies'): recipes.soup([])
+    with pytest.raises(ValueError, match='only one of them has 4.bias, 4.weight'): recipes.soup([mlp(), mlp()[:3]])
+    with pytest.raises(ValueError, match=r'0.weight is \(32, 16\) and \(30, 16\)'): recipes.soup([mlp(), mlp((16, 30, 24, 8))])
+    with pytest.raises(ValueError, match='there is no batch'): recipes.soup([convnet(), convnet()], batches=iter([]))
     with pytest.raises(ValueError, match='tries=0'): recipes.random_search(mlp(), lambda m: 0., sparsity=.5, tries=0)
+
+
+def untouched(model: nn.Module, f, error, said: str) -> None:
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=said): f(model)
+    assert_same(before, dict(model.state_dict()))
+
+
+def test_outer_loops_are_all_or_nothing():
+    "What cannot be is found before the first training, nothing stays on an optimizer, and a search puts the weights back."
+    opts = []
+    def never(model, hold): raise AssertionError('trained')
+    def breaks(model, hold):
+        opts.append(SGD(model.parameters()))
+        hold(opts[-1])
+        raise RuntimeError('out of data')
+    def diverges(model, hold):
+        job(model, hold)
+        with torch.no_grad(): model[2].weight[0, 0] = math.inf
+    untouched(mlp(), lambda m: recipes.imp(m, never, pattern='2:4', allocate=global_), ValueError, 'use allocate=uniform')
+    untouched(mlp((16, 30, 8)), lambda m: recipes.imp(m, never, sparsity=.5, pattern=block(4)), ValueError, 'needs a multiple of 4')
+    with pytest.raises(RuntimeError, match='out of data'): recipes.imp(mlp(), breaks, sparsity=.5)
+    assert opts and not opts[0]._optimizer_step_pre_hooks and not opts[0]._optimizer_step_post_hooks
+    with pytest.raises(ValueError, match='2.weight .* holds 1 NaN or infinite'): recipes.imp(mlp(), diverges, sparsity=.5)
+    found = recipes.imp(model := mlp(), job, pattern='2:4')
+    assert [r.total['achieved'] for r in found] == [.25, .5] and ((model[2].weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+    untouched(mlp(), lambda m: recipes.random_search(m, lambda m: 1 / 0, sparsity=.5), ZeroDivisionError, 'division')
+    untouched(mlp(), lambda m: recipes.random_search(m, lambda m: math.nan, sparsity=.5), ValueError, 'evaluate gave nan for draw 0')
+
+
+@pytest.mark.parametrize('how, said', [(dict(sparsity=1.5), 'between 0 and 1, not 1.5; did you mean'), (dict(), 'say how sparse'), (dict(sparsity=.5, rounds=0), 'rounds=0: SynFlow prunes in one round'),
+                                       (dict(sparsity=.5, rounds=2.5), 'rounds=2.5'), (dict(sparsity=.9, pattern='2:4'), 'but 0.9 was asked'), (dict(pattern='2:4', allocate=global_), 'use allocate=uniform')])
+def test_mistakes_with_synflow(how, said):
+    cal = Calibration([data(0)])
+    untouched(mlp(), lambda m: recipes.synflow(m, calibration=cal, **how), ValueError, said)
+
+
+def test_synflow_of_patterns():
+    for p in (nm(2, 4), block(4)):
+        model = mlp()
+        out = recipes.synflow(model, calibration=Calibration([data(0)]), sparsity=.5, pattern=p, rounds=10)
+        assert out.total['achieved'] == .5
+        for s in sites(model): check_mask(s.weight != 0, p, .5) if p.fixed else None
+
+
+def test_soups_of_packed_layers():
+    "Packed values may be averaged where their positions are the same."
+    from sparse_workbench.kernels.linear import SparseLinear, pack
+    with seeded(): keep = torch.rand(32, 32) > .5
+    def make(seed: int, turned: bool = False) -> nn.Module:
+        with seeded(0): rest = nn.Linear(32, 32), nn.Linear(32, 4)
+        with seeded(seed): w = torch.randn(32, 32).masked_fill(~(keep.t() if turned else keep), 0.)
+        return nn.Sequential(rest[0], SparseLinear(pack(w, 'bitmask')), rest[1])
+    a, b = make(1), make(2)
+    mixed = recipes.soup([a, b])
+    with seeded(3): x = torch.randn(5, 32)
+    torch.testing.assert_close(mixed[1](x), (a[1](x) + b[1](x)) / 2, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match='of model 0 and model 1 differ, and .* has no average: packed weights need the same positions'): recipes.soup([a, make(2, turned=True)])
+
+
+def test_borrowed_ratios_leave_no_statistics():
+    cal = Calibration([(data(0), torch.arange(32) % 8)], 'noise', class_loss)
+    model = mlp()
+    opt = SGD(model.parameters())
+    sp = recipes.static(model, opt, sparsity=.8, allocate=borrow(scores.saliency), calibration=cal)
+    masks = [s.mask.clone() for s in sp.sites]
+    assert not any(s.stats for s in sp.sites)
+    sp.detach().attach(opt)                                     # before the first step the masks are chosen anew, and the data is gone
+    assert all(torch.equal(s.mask, m) for s, m in zip(sp.sites, masks))
+    with pytest.raises(KeyError, match="has no 'grad': pass calibration=batches"): recipes.static(m := mlp(), SGD(m.parameters()), sparsity=.8, allocate=borrow(scores.saliency))
 
 
 def pruned() -> nn.Module:

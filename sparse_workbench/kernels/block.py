@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'block_kernel', 'few_kernel', 'by_column', 'block_forward', 'block_grad_x', 'block_grad_values', 'ranked',
-           'stamp', 'plan', 'aligned', 'few_forward', 'trusted', 'trial', 'close', 'few_agrees', 'few_takes']
+           'stamp', 'plan', 'aligned', 'few_forward', 'trusted', 'trial', 'close', 'general_agrees', 'few_agrees',
+           'few_takes']
 
 # %% ../../nbs/api/32_block.ipynb #799a6817
 import warnings
@@ -122,7 +123,7 @@ def block_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor]
 SIZES = (16, 32, 64, 128, 256)  # of a block, along each axis; 128 × 256 entries at most
 
 block_kernel = Kernel('block triton', 'block', block_forward, block_grad_x, block_grad_values, 'cuda',
-                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15,
+                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15 and (not values.is_cuda or trusted('block triton', values, general_agrees)),
                       asks='blocks with sides of 16, 32, 64, 128 or 256, and 32,768 entries at most')
 register(block_kernel)
 
@@ -217,6 +218,14 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 2**-6 * b.abs().max())
 
 # %% ../../nbs/api/32_block.ipynb #7c34834e
+def general_agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:
+    "Do the three products equal the twin's on a small problem?"
+    x, dy, bias, (values, index, shape), twin = trial(device, dtype, r, c, 37)
+    return (close(block_forward(x, values, index, shape, bias), twin.forward(x, values, index, shape, bias))
+            and close(block_grad_x(dy, values, index, shape), twin.grad_x(dy, values, index, shape))
+            and close(block_grad_values(dy, x, values, index, shape), twin.grad_values(dy, x, values, index, shape)))
+
+# %% ../../nbs/api/32_block.ipynb #9596c7c8
 def few_agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:
     "Does `few_forward` equal the twin, with a few and with many of the few tokens?"
     for tokens in (5, 49):
