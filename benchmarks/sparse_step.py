@@ -17,7 +17,7 @@ from sparsifier import MODELS, TINY, Trainer, block, dense, sr_ste_2_4
 from torch import Tensor, nn
 
 from sparse_workbench.core import Site, sites
-from sparse_workbench.kernels.semi_structured import algorithm
+from sparse_workbench.kernels.cusparselt import multiply, works
 from sparse_workbench.patterns import nm
 from sparse_workbench.zoo import Llama, LlamaConfig
 
@@ -26,15 +26,14 @@ CASES = {'125M': MODELS['125M'], 'wide, 3 layers': (WIDE, 8, 1024), 'wide, 3 lay
 
 
 @torch.library.custom_op('sparse_workbench_benchmarks::linear_2_4', mutates_args=())
-def linear_2_4(x: Tensor, w: Tensor) -> Tensor: # (tokens, in), (out, in) with 2:4 zeros -> (tokens, out), column by column in memory
+def linear_2_4(x: Tensor, w: Tensor) -> Tensor: # (tokens, in), (out, in) with 2:4 zeros -> (tokens, out)
     "Pack the weight and multiply."
-    if not x.is_cuda: return F.linear(x, w).t().contiguous().t()
-    packed = torch._cslt_compress(w)
-    return torch._cslt_sparse_mm(packed, x.t(), alg_id=algorithm(packed, x.t(), (w.size(0), w.size(1)))).t()
+    if not x.is_cuda: return F.linear(x, w)
+    return multiply(torch._cslt_compress(w), x.contiguous(), (w.size(0), w.size(1)))
 
 
 @linear_2_4.register_fake
-def _(x: Tensor, w: Tensor) -> Tensor: return x.new_empty(w.size(0), x.size(0)).t()
+def _(x: Tensor, w: Tensor) -> Tensor: return x.new_empty(x.size(0), w.size(0))
 
 
 def gradients(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +98,7 @@ def main() -> None:
     p.add_argument('--no-compile', dest='compile', action='store_false')
     p.add_argument('--tiny', action='store_true')
     a = p.parse_args()
-    if a.device == 'cuda' and not torch.backends.cusparselt.is_available(): raise SystemExit('needs a PyTorch that was built with cuSPARSELt')
+    if a.device == 'cuda' and not works(torch.device('cuda', 0)): raise SystemExit('needs a PyTorch that was built with cuSPARSELt, 0.8 or later')
     torch.set_float32_matmul_precision('high')
     tiny, *more = TINY
     chosen = {'tiny': (replace(tiny, hidden_size=64), *more)} if a.tiny or a.device != 'cuda' else CASES

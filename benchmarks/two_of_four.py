@@ -1,7 +1,7 @@
 """2:4 layers through cuSPARSELt: our operator beside the raw call, PyTorch's tensor subclass and dense; and pruning with packing.
 
-The library gives its output column by column, and the next 2:4 layer needs it row by row. Two ways there are timed beside each other: the raw call and
-a copy ("copied"), and the call that writes it so itself ("turned": transpose_result=True, with a search of its own).
+The raw call is PyTorch's, which plans anew every time; its output lies row by row, as the next layer wants it ("raw"), or column by column ("raw, columns"),
+after which a layer that needs rows copies it. Each has an algorithm searched for it.
 
     python benchmarks/two_of_four.py           on a CUDA machine with cuSPARSELt
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from common import collect, header, median_seconds, parser
 
-from sparse_workbench.kernels.block import aligned
+from sparse_workbench.kernels.cusparselt import works
 from sparse_workbench.kernels.linear import choose, sparse_linear, unpack
-from sparse_workbench.kernels.semi_structured import algorithm, converted, prune_pack
+from sparse_workbench.kernels.semi_structured import converted, prune_pack
 
 SHAPES, TOKENS = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)), (16, 256, 512, 1024, 2048, 4096, 16384)
 
@@ -28,39 +28,23 @@ def eager(f, repeats: int = 30) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def row_by_row(weight: torch.Tensor, xt: torch.Tensor, found: int, right: torch.Tensor) -> dict: # right: (tokens, out)
-    "Times of both ways to an output (tokens, out) that lies row by row; a way that fails is a note and loses nothing."
-    def turned() -> torch.Tensor: # PyTorch returns it as (tokens, out) that lies row by row; a version that does not pays for a copy
-        y = torch._cslt_sparse_mm(weight, xt, transpose_result=True, alg_id=own)
-        return aligned(y if y.shape == right.shape and y.is_contiguous() else y.t())
-    row = {'copied us': median_seconds([lambda: aligned(torch._cslt_sparse_mm(weight, xt, alg_id=found).t())], 'cuda') * 1e6}
-    try:
-        own = int(torch._cslt_sparse_mm_search(weight, xt, transpose_result=True))
-        same = bool((turned().float() - right).abs().max() <= 2**-6 * right.abs().max())
-        row |= {'turned right': same, 'turned lies': str(torch._cslt_sparse_mm(weight, xt, transpose_result=True, alg_id=own).stride())}
-        time = median_seconds([turned], 'cuda')
-        return row | {'turned us': time * 1e6, 'turned / copied': time * 1e6 / row['copied us']}
-    except Exception as e: # whatever the library says: the other rows are worth more
-        return row | {'turned note': (str(e).splitlines() or [type(e).__name__])[0][:120]}
-
-
 def product(shape: tuple[int, int], tokens: int) -> dict:
-    "One layer: device time of the raw call and of dense, program time of the operator, the subclass and dense."
+    "One layer: device time of the raw calls, of dense and of the operator, and what each takes of a program."
     from torch.sparse import to_sparse_semi_structured
     p, x = prune_pack(torch.randn(shape, device='cuda').bfloat16()), torch.randn(tokens, shape[1], device='cuda').bfloat16()
-    if choose('2:4', p.values, tokens).name != '2:4 cuSPARSELt': raise SystemExit(f"{choose('2:4', p.values, tokens).name!r} would be timed in place of cuSPARSELt")
-    w = unpack(p)
-    right, got = F.linear(x, w).float(), sparse_linear(x, p).float()
-    ok = bool((right - got).abs().max() <= 2**-6 * right.abs().max())
-    weight, xt = converted(p.values, p.index, p.shape)['weight'], x.t()
-    found = algorithm(weight, xt, p.shape)
+    if choose('2:4', p.values, tokens).name != '2:4 cuSPARSELt' or not works(x.device): raise SystemExit('something else would be timed in place of cuSPARSELt and its plans')
+    w, weight, xt = unpack(p), converted(p.values, p.index, p.shape)['weight'], x.t()
+    by_rows, by_columns = (int(torch._cslt_sparse_mm_search(weight, xt, transpose_result=t)) for t in (True, False))
     subclass = to_sparse_semi_structured(w)
-    times = dict(raw=median_seconds([lambda: torch._cslt_sparse_mm(weight, xt, alg_id=found)], 'cuda'), dense=median_seconds([lambda: F.linear(x, w)], 'cuda'),
-                 ours=median_seconds([lambda: sparse_linear(x, p)], 'cuda'))
-    ways = row_by_row(weight, xt, found, right)
-    calls = dict(ours=eager(lambda: sparse_linear(x, p)), subclass=eager(lambda: F.linear(x, subclass)), dense=eager(lambda: F.linear(x, w)))
+    ways = {'dense': lambda: F.linear(x, w), 'ours': lambda: sparse_linear(x, p), 'raw': lambda: torch._cslt_sparse_mm(weight, xt, transpose_result=True, alg_id=by_rows),
+            'raw, columns': lambda: torch._cslt_sparse_mm(weight, xt, alg_id=by_columns).t(), 'raw, columns, copied': lambda: torch._cslt_sparse_mm(weight, xt, alg_id=by_columns).t().contiguous()}
+    right = F.linear(x, w).float()
+    ok = all(bool((right - f().float()).abs().max() <= 2**-6 * right.abs().max()) for f in ways.values())
+    with torch.no_grad():
+        times = {k: median_seconds([f], 'cuda') for k, f in ways.items()}
+        calls = {k: eager(f) for k, f in (ways | {'subclass': lambda: F.linear(x, subclass)}).items() if k in ('dense', 'ours', 'raw', 'subclass')}
     return dict(what='product', shape='x'.join(map(str, shape)), tokens=tokens, right=ok, **{f'{k} us': v * 1e6 for k, v in times.items()}, **{f'{k} us, eager': v * 1e6 for k, v in calls.items()},
-                **{'ours / raw': times['ours'] / times['raw'], 'faster than dense': times['dense'] / times['ours'], 'faster, eager': calls['dense'] / calls['ours']}, **ways)
+                **{'ours / raw': times['ours'] / times['raw'], 'rows / columns': times['raw'] / times['raw, columns'], 'faster than dense': times['dense'] / times['ours'], 'faster, eager': calls['dense'] / calls['ours']})
 
 
 def packing(shape: tuple[int, int]) -> list[dict]:
