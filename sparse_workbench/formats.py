@@ -498,7 +498,7 @@ def read_parts(parts: dict[str, Tensor], # from `write_parts`, checked
 @lru_cache
 def storable(dtype: torch.dtype) -> bool:
     "Does safetensors know the dtype?"
-    try: return bool(save({'x': torch.empty(0, dtype=dtype)}))
+    try: return bool(save({'x': torch.empty(0, dtype=dtype, device='cpu')}))
     except (KeyError, RuntimeError, ValueError): return False
 
 def check_plain(name: str, t: Any) -> None:

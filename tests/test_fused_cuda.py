@@ -40,7 +40,7 @@ def test_gate_and_up_are_raced_and_fused():
 
 def test_fused_by_any_means_is_right_saved_and_compiled():
     from sparse_workbench.formats import load_sparse, save_sparse
-    plain, model, ids, right, told = exported(gain=1e-9, tokens=2048)
+    plain, model, ids, right, told = exported(gain=1e-9, tokens=4096, hidden=4096)
     assert len(fused_modules(model)) == 2, told
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen, torch.no_grad(): fast = model(ids)
     assert sum('block_up' in e.key for e in seen.key_averages()), 'the operator of both weights ran'
@@ -52,7 +52,7 @@ def test_fused_by_any_means_is_right_saved_and_compiled():
 
 
 def test_a_fused_model_trains():
-    plain, model, ids, right, told = exported(gain=1e-9, tokens=1024, dtype=torch.bfloat16)
+    plain, model, ids, right, told = exported(gain=1e-9, tokens=4096, hidden=4096, dtype=torch.bfloat16)
     model.train()(ids).float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if 'mlp' in n)
 

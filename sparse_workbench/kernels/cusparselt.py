@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'BY_COLUMNS', 'BY_ROWS', 'SUMS_IN_32_BITS', 'BIAS', 'ALGORITHM', 'ONE', 'ZERO', 'library', 'call', 'room',
-           'handle', 'described', 'released', 'Plan', 'search', 'fastest', 'planned', 'multiply', 'agrees', 'works']
+           'handle', 'turned', 'described', 'released', 'Plan', 'search', 'fastest', 'planned', 'multiply', 'agrees',
+           'works']
 
 # %% ../../nbs/api/35_cusparselt.ipynb #64fad184
 import ctypes
@@ -49,13 +50,17 @@ def handle(device: int | None) -> Any:
 # %% ../../nbs/api/35_cusparselt.ipynb #0a062a2f
 TYPES, BY_COLUMNS, BY_ROWS, SUMS_IN_32_BITS, BIAS = {torch.float16: 2, torch.bfloat16: 14}, 1, 2, 2, 8   # cudaDataType, cusparseOrder_t, cusparseComputeType, its attribute
 
+def turned(dtype: torch.dtype) -> bool:
+    "Does the result lie as yᵀ in memory?"
+    return dtype == torch.float16
+
 def described(h: Any, shape: tuple[int, int], tokens: int, dtype: torch.dtype, bias: int) -> list[Any]: # the product, then what it refers to
     "Describe x (tokens, in) times a 2:4 weight (out, in), plus the bias at this address; 0: none."
     (out, inp), kind, long = shape, TYPES[dtype], ctypes.c_int64
     a, b, d, product = (room() for _ in range(4))
     call('StructuredDescriptorInit', h, a, long(out), long(inp), long(inp), 16, kind, BY_ROWS, 0)
     call('DenseDescriptorInit', h, b, long(tokens), long(inp), long(inp), 16, kind, BY_ROWS)
-    call('DenseDescriptorInit', h, d, long(out), long(tokens), long(out), 16, kind, BY_COLUMNS)
+    call('DenseDescriptorInit', h, d, long(out), long(tokens), long(tokens if turned(dtype) else out), 16, kind, BY_ROWS if turned(dtype) else BY_COLUMNS)
     call('MatmulDescriptorInit', h, product, 0, 1, a, b, d, d, SUMS_IN_32_BITS)
     if bias: call('MatmulDescSetAttribute', h, product, BIAS, ctypes.byref(ctypes.c_void_p(bias)), ctypes.c_size_t(8))
     return [product, a, b, d]
@@ -98,12 +103,12 @@ def search(plan: Plan, weight: Tensor, x: Tensor, y: Tensor) -> dict[int, int]: 
     for a, v in best.items(): call('MatmulAlgGetAttribute', plan.h, plan.chosen, a, ctypes.byref(v), ctypes.c_size_t(4))
     return {a: v.value for a, v in best.items()}
 
-def fastest(weight: Tensor, x: Tensor, y: Tensor, shape: tuple[int, int]) -> dict[int, int]: # empty: the library's own guess
+def fastest(weight: Tensor, x: Tensor, y: Tensor, shape: tuple[int, int], bias: int) -> dict[int, int]: # empty: the library's own guess
     "The algorithm for these shapes, searched when it is not known."
-    key = shape, (len(x) - 1).bit_length(), x.dtype, x.device
+    key = shape, (len(x) - 1).bit_length(), bool(bias), x.dtype, x.device
     if key not in _FOUND:
         if x.is_cuda and torch.cuda.is_current_stream_capturing(): return {}
-        _FOUND[key] = search(Plan(x.device.index, shape, len(x), x.dtype, 0, {}), weight, x, y)
+        _FOUND[key] = search(Plan(x.device.index, shape, len(x), x.dtype, bias, {}), weight, x, y)
     return _FOUND[key]
 
 # %% ../../nbs/api/35_cusparselt.ipynb #9d490d78
@@ -118,11 +123,11 @@ def multiply(weight: Tensor, # as torch._cslt_compress makes it
              bias: Tensor | None = None, # (out,) contiguous
              ) -> Tensor: # (tokens, out)
     "x Wᵀ + bias in float16 or bfloat16, sums in 32 bits."
-    y = x.new_empty(len(x), shape[0])
+    y, at = x.new_empty((shape[0], len(x)) if turned(x.dtype) else (len(x), shape[0])), 0 if bias is None else bias.data_ptr()
     with torch.cuda.device_of(x):
-        best = tuple(fastest(weight, x, y, shape).items())
-        planned(x.device.index, shape, len(x), x.dtype, 0 if bias is None else bias.data_ptr(), best)(weight, x, y)
-    return y
+        best = tuple(fastest(weight, x, y, shape, at).items())
+        planned(x.device.index, shape, len(x), x.dtype, at, best)(weight, x, y)
+    return y.t().contiguous() if turned(x.dtype) else y
 
 # %% ../../nbs/api/35_cusparselt.ipynb #fd743cdd
 def agrees(device: torch.device) -> bool:

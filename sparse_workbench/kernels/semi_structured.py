@@ -82,7 +82,7 @@ _ALGORITHMS: dict[tuple, int] = {}
 def algorithm(weight: Tensor, xt: Tensor, shape: tuple[int, int]) -> int: # weight in cuSPARSELt's form, xt (in, tokens)
     "Which of its algorithms cuSPARSELt found to be the fastest for these shapes."
     key = *shape, xt.size(1), xt.dtype, xt.device
-    if key not in _ALGORITHMS: _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(weight, xt, transpose_result=True))
+    if key not in _ALGORITHMS: _ALGORITHMS[key] = int(torch._cslt_sparse_mm_search(weight, xt, transpose_result=not cusparselt.turned(xt.dtype)))
     return _ALGORITHMS[key]
 
 # %% ../../nbs/api/39_semi_structured.ipynb #59d7e97f
@@ -92,7 +92,8 @@ def multiply(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, i
     weight, whole = converted(values, index, shape)['weight'], aligned(F.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x)
     bias = None if bias is None else bias.contiguous()
     if cusparselt.works(x.device): return cusparselt.multiply(weight, whole, shape, bias)[:len(x)]
-    return torch._cslt_sparse_mm(weight, whole.t(), bias, transpose_result=True, alg_id=algorithm(weight, whole.t(), shape))[:len(x)]
+    y = torch._cslt_sparse_mm(weight, whole.t(), bias, transpose_result=not cusparselt.turned(x.dtype), alg_id=algorithm(weight, whole.t(), shape))
+    return (y.t().contiguous() if cusparselt.turned(x.dtype) else y)[:len(x)]
 
 # %% ../../nbs/api/39_semi_structured.ipynb #04514bef
 def takes(values: Tensor) -> bool:
