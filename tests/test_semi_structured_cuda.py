@@ -53,7 +53,7 @@ def test_product_and_gradients():
 def test_one_conversion_one_search_one_plan():
     from sparse_workbench.kernels import cusparselt as C, semi_structured as S
     from sparse_workbench.kernels.linear import sparse_linear, unpack
-    ps, x = [S.prune_pack(torch.randn(128, 64, device='cuda').bfloat16()) for _ in range(2)], torch.randn(48, 64, device='cuda').bfloat16()
+    ps, x = [S.prune_pack(torch.randn(128, 256, device='cuda').bfloat16()) for _ in range(2)], torch.randn(48, 256, device='cuda').bfloat16()
     assert C.works(x.device)
     C._FOUND.clear()
     C.planned.cache_clear()
@@ -68,7 +68,7 @@ def test_without_plans():
     from sparse_workbench.kernels import cusparselt as C, semi_structured as S
     from sparse_workbench.kernels.linear import sparse_linear, unpack
     S._ALGORITHMS.clear()
-    ps, x = [S.prune_pack(torch.randn(128, 64, device='cuda').bfloat16()) for _ in range(2)], torch.randn(45, 64, device='cuda').bfloat16()
+    ps, x = [S.prune_pack(torch.randn(128, 256, device='cuda').bfloat16()) for _ in range(2)], torch.randn(45, 256, device='cuda').bfloat16()
     with patch.object(C, 'works', lambda device: False), ran(torch, '_cslt_compress', '_cslt_sparse_mm_search', '_cslt_sparse_mm') as calls, torch.no_grad():
         ys = [sparse_linear(x, p) for p in ps * 3]
     assert [len(v) for v in calls.values()] == [2, 1, 6], calls.keys()
@@ -80,7 +80,7 @@ def test_plans_of_every_size_bias_and_stream():
 
     from sparse_workbench.kernels import semi_structured as S
     from sparse_workbench.kernels.linear import sparse_linear, unpack
-    for (out, inp), tokens in itertools.product(((32, 64), (4096, 512), (96, 4096)), (1, 16, 333, 4096)):
+    for (out, inp), tokens in itertools.product(((128, 128), (4096, 512), (384, 4096)), (1, 16, 333, 4096)):
         p, x = S.prune_pack(torch.randn(out, inp, device='cuda').half()), torch.randn(tokens, inp, device='cuda').half() / inp**.5
         for bias in (None, torch.randn(out, device='cuda').half(), torch.randn(out, 2, device='cuda').half()[:, 1]):
             right = F.linear(x.float(), unpack(p).float(), None if bias is None else bias.float())
@@ -96,7 +96,7 @@ def test_plans_of_every_size_bias_and_stream():
 def test_one_conversion_of_float32_under_autocast():
     from sparse_workbench.kernels.linear import Packed, sparse_linear, unpack
     from sparse_workbench.kernels.semi_structured import prune_pack
-    p, x = prune_pack(torch.randn(128, 64, device='cuda').bfloat16()), torch.randn(48, 64, device='cuda')
+    p, x = prune_pack(torch.randn(128, 256, device='cuda').bfloat16()), torch.randn(48, 256, device='cuda')
     wide = Packed('2:4', p.shape, dict(p.tensors, values=p.values.float().requires_grad_()))
     with torch.autocast('cuda', torch.bfloat16):
         with torch.no_grad(), ran(torch, '_cslt_compress') as calls: ys = [sparse_linear(x, wide) for _ in range(3)]
@@ -113,10 +113,10 @@ def test_what_only_the_twin_takes_is_said_once():
     import warnings
 
     from sparse_workbench.kernels import linear
-    p = linear.pack(torch.eye(64, device='cuda'), '2:4')
+    p = linear.pack(torch.eye(128, device='cuda'), '2:4')
     with patch.object(linear, '_TOLD', set()), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        for _ in range(3): linear.sparse_linear(torch.randn(5, 64, device='cuda'), p)
+        for _ in range(3): linear.sparse_linear(torch.randn(5, 128, device='cuda'), p)
     assert len(told) == 1 and "'2:4 twin' multiplies a '2:4' weight, float32, on cuda, which is slow: '2:4 cuSPARSELt' takes float16, bfloat16" in str(told[0].message), told
 
 

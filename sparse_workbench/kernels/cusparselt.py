@@ -119,7 +119,7 @@ def planned(device: int | None, shape: tuple[int, int], tokens: int, dtype: torc
 
 def multiply(weight: Tensor, # as torch._cslt_compress makes it
              x: Tensor, # (tokens, in), tokens a multiple of 16, contiguous and aligned to 16 bytes
-             shape: tuple[int, int], # (out, in) of the weight, multiples of 32
+             shape: tuple[int, int], # (out, in) of the weight, multiples of 128
              bias: Tensor | None = None, # (out,) contiguous
              ) -> Tensor: # (tokens, out)
     "x Wᵀ + bias in float16 or bfloat16, sums in 32 bits."
@@ -133,12 +133,12 @@ def multiply(weight: Tensor, # as torch._cslt_compress makes it
 def agrees(device: torch.device) -> bool:
     "Does a small product equal the dense one, with and without a bias?"
     g = torch.Generator(device).manual_seed(0)
-    w, x, bias = (torch.randn(*s, device=device, generator=g).bfloat16() for s in ((64, 128), (48, 128), (64,)))
-    w.view(64, 32, 4)[..., ::2] = 0
+    w, x, bias = (torch.randn(*s, device=device, generator=g).bfloat16() for s in ((128, 256), (48, 256), (128,)))
+    w.view(128, 64, 4)[..., ::2] = 0
     with torch.cuda.device_of(x): packed = torch._cslt_compress(w)
     for b in (None, bias):
         right = torch.nn.functional.linear(x.float(), w.float(), None if b is None else b.float())
-        if not (multiply(packed, x, (64, 128), b).float() - right).abs().max() <= 2**-6 * right.abs().max(): return False
+        if not (multiply(packed, x, (128, 256), b).float() - right).abs().max() <= 2**-6 * right.abs().max(): return False
     return True
 
 _WORKS: dict[torch.device, bool] = {}

@@ -97,9 +97,9 @@ def multiply(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, i
 
 # %% ../../nbs/api/39_semi_structured.ipynb #04514bef
 def takes(values: Tensor) -> bool:
-    "Layers whose sides are multiples of 32, where cuSPARSELt is there and tensor cores know 2:4: compute capability 8 on."
+    "Layers whose sides are multiples of 128, where cuSPARSELt is there and tensor cores know 2:4: compute capability 8 on."
     out, inp, old = values.size(0), values.size(1) * 2, values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 0)
-    return torch.backends.cusparselt.is_available() and out % 32 == 0 and inp % 32 == 0 and not old
+    return torch.backends.cusparselt.is_available() and out % 128 == 0 and inp % 128 == 0 and not old
 
 def grad_x(dy: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int, int]) -> Tensor: # (tokens, in)
     "Gradient of x (tokens, in), by the dense weight."
@@ -110,5 +110,5 @@ def grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], shap
     return FORMATS['2:4'].take(dy.mT @ x, index, shape)  # type: ignore[misc]
 
 cusparselt_kernel = Kernel('2:4 cuSPARSELt', '2:4', multiply, grad_x, grad_values, 'cuda', (torch.float16, torch.bfloat16), takes=takes,
-                           asks='sides that are multiples of 32, a PyTorch with cuSPARSELt and a chip of compute capability 8 on')
+                           asks='sides that are multiples of 128, a PyTorch with cuSPARSELt and a chip of compute capability 8 on')
 register(cusparselt_kernel)
