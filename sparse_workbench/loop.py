@@ -6,8 +6,8 @@
 __all__ = ['Row', 'shuffle', 'order', 'shuffled', 'row', 'measured', 'sparsities', 'series', 'patience', 'whole', 'part',
            'whole_site', 'part_site', 'whole_state', 'load_whole_state', 'write_state', 'write_checkpoint',
            'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'bare', 'group_names',
-           'state_of', 'check_state', 'restore', 'check_schedule', 'check_run', 'check_parts', 'train_step', 'resumed',
-           'measurements', 'save', 'fit']
+           'state_of', 'check_state', 'restore', 'check_length', 'check_schedule', 'check_run', 'check_parts',
+           'train_step', 'resumed', 'measurements', 'save', 'fit']
 
 # %% ../nbs/api/52_loop.ipynb #11c010ca
 import functools
@@ -274,10 +274,17 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     set_random_state(state['random'][rank % len(state['random'])])
 
 # %% ../nbs/api/52_loop.ipynb #401eec5f
+def check_length(sparsifier: Sparsifier, steps: int) -> None:
+    "ValueError when a recipe was made for a longer training: its last phases would never come."
+    if sparsifier.ends and sparsifier.ends > steps:
+        raise ValueError(f"training ends at step {steps}, and the recipe was made with total_steps={sparsifier.ends}: give it total_steps={steps}, or train longer (to stop early on purpose, pass stop=)")
+
+# %% ../nbs/api/52_loop.ipynb #a52d3cc0
 def check_schedule(sparsifier: Sparsifier, # any
                    steps: int, # at which training ends
                    ) -> None:
-    "ValueError when the schedule reaches its final sparsity only after the end of training."
+    "ValueError when the schedule reaches its final sparsity only after the end of training, or a recipe was made for a longer one."
+    check_length(sparsifier, steps)
     later = [sparsifier.sparsity(steps + 10**k + k) for k in range(5, 12)]
     last = next((t for t in range(steps, -1, -1) if sparsifier.when(t)), 0)
     if len(set(later)) > 1 or sparsifier.sparsity(last) >= later[0] - 1e-9: return # a cycle, or done in time
@@ -288,7 +295,7 @@ def check_schedule(sparsifier: Sparsifier, # any
     raise ValueError(f"training ends at step {steps} with sparsity {sparsifier.sparsity(last):.4g}, the schedule reaches {later[0]:.4g} at step {high}: "
                      f"give the recipe total_steps={steps}, or train longer (to stop early on purpose, pass stop=)")
 
-# %% ../nbs/api/52_loop.ipynb #0345fa51
+# %% ../nbs/api/52_loop.ipynb #c422d4fa
 def check_run(run: Run, steps: int) -> None:
     "ValueError when sparsifier, optimizer and model do not belong together, or the schedule does not end in time."
     if run.sparsifier is None: return
@@ -297,7 +304,7 @@ def check_run(run: Run, steps: int) -> None:
     if odd := [s.name for s in run.sparsifier.sites if id(s.parameter) not in own]: raise ValueError(f"{odd[0]} is not a weight of this model: make the sites of the model that is trained")
     check_schedule(run.sparsifier, steps)
 
-# %% ../nbs/api/52_loop.ipynb #8f599339
+# %% ../nbs/api/52_loop.ipynb #8b56901f
 def check_parts(run: Run, every: int) -> None:
     "ValueError for an optimizer, a scheduler or a rhythm that `fit` cannot work with."
     if every < 1: raise ValueError(f"every={every!r}: measure every so many steps, at least 1")
@@ -307,7 +314,7 @@ def check_parts(run: Run, every: int) -> None:
     if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ValueError("ReduceLROnPlateau waits for measurements, and this loop steps schedulers after every step: call its step(value) in `evaluate` and leave scheduler out, or take another")
 
-# %% ../nbs/api/52_loop.ipynb #8b56901f
+# %% ../nbs/api/52_loop.ipynb #b269d8f6
 def train_step(run: Run, loss: Callable[[nn.Module, Any], Tensor], step: int) -> Tensor: # the loss
     "Forward, backward, step."
     value = loss(run.model, run.batches(step))
@@ -317,7 +324,7 @@ def train_step(run: Run, loss: Callable[[nn.Module, Any], Tensor], step: int) ->
     if run.scheduler is not None: run.scheduler.step()
     return value.detach()
 
-# %% ../nbs/api/52_loop.ipynb #b269d8f6
+# %% ../nbs/api/52_loop.ipynb #5533b53f
 def resumed(run: Run, folder: str | Path | None, steps: int) -> tuple[int, list[Row]]: # steps done, records so far
     "Where to begin: at the newest checkpoint, else at the start."
     state = None if folder is None else read_checkpoint(folder)
@@ -326,7 +333,7 @@ def resumed(run: Run, folder: str | Path | None, steps: int) -> tuple[int, list[
     restore(run, state)
     return state['step'], state['records']
 
-# %% ../nbs/api/52_loop.ipynb #5533b53f
+# %% ../nbs/api/52_loop.ipynb #58f25c24
 def measurements(run: Run, step: int, loss: Tensor, # mean since the last time, of this process
                  evaluate: Callable[[nn.Module], Any] | None) -> list[Row]:
     "Loss over all processes, what `evaluate` says, the learning rate and the sparsity of every site."
@@ -334,14 +341,14 @@ def measurements(run: Run, step: int, loss: Tensor, # mean since the last time, 
     return [row(step, 'loss', over_all), *(measured(evaluate, run.model, step) if evaluate else []),
             row(step, 'learning rate', run.optimizer.param_groups[0]['lr']), *sparsities(run.sparsifier, step)]
 
-# %% ../nbs/api/52_loop.ipynb #2a5f5492
+# %% ../nbs/api/52_loop.ipynb #0087cbe4
 def save(run: Run, folder: str | Path, step: int, records: list[Row]) -> None:
     "Write a checkpoint, by the first process."
     state = state_of(run, step, records)
     if ranks()[0] == 0: write_checkpoint(folder, state)
     if ranks()[1] > 1: dist.barrier()
 
-# %% ../nbs/api/52_loop.ipynb #bdd262c4
+# %% ../nbs/api/52_loop.ipynb #36d56146
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Any], Tensor], # (model, batch) -> scalar
         batches: Callable[[int], Any], # step -> batch, such as shuffled(x, y)

@@ -128,11 +128,13 @@ def reroute(ss: Sequence[Site], # attached later, with a flow that keeps a dense
     for s in ss: check_route(s, back, sample)
     for s in ss: s.module.forward = Rerouted(s, back, sample) # type: ignore[method-assign]
 
-def mvue_of(keep: int = 2, of: int = 4) -> Callable[[Tensor], Tensor]: # output gradient (tokens, out) -> its sample
+def mvue_of(keep: int = 2, of: int = 4, # N and M
+            probability: Callable[[Tensor], Tensor] | None = None, # as of `mvue`
+            ) -> Callable[[Tensor], Tensor]: # output gradient (tokens, out) -> its sample
     "Sample N of every M tokens of an output gradient; the mean is the gradient. Tokens that are left over are sampled beside zeros."
-    return partial(sampled_tokens, keep=keep, of=of)
+    return partial(sampled_tokens, keep=keep, of=of, probability=probability)
 
-def sampled_tokens(dy: Tensor, keep: int, of: int) -> Tensor:
+def sampled_tokens(dy: Tensor, keep: int, of: int, probability: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     "`mvue` along the tokens, of any number of them."
     n = len(dy)
-    return mvue(F.pad(dy, (0, 0, 0, -n % of)) if n % of else dy, keep, of, 0)[:n]
+    return mvue(F.pad(dy, (0, 0, 0, -n % of)) if n % of else dy, keep, of, 0, probability)[:n]

@@ -283,6 +283,7 @@ class Sparsifier:
         self.sparsity: Schedule = constant(0. if sparsity is None and isinstance(allocate, Mapping) else asked(self.pattern, sparsity)) if fixed else sparsity # type: ignore[assignment, arg-type]
         self.when: When = when or (once() if fixed and not flow.latent else every(1))
         self.t = 0 # optimizer steps so far
+        self.ends: int | None = None # the length of the training that a recipe was made for
         self.inside = self.loaded = False # do the parameters hold dense weights just now? was a state loaded?
         self.listeners: list[Callable[['Sparsifier', list], None]] = [] # called with the old masks after every change
         self.optimizer: torch.optim.Optimizer | None = None
