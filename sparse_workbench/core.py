@@ -201,10 +201,10 @@ def output_head(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 # %% ../nbs/api/00_core.ipynb #daf730f0
 class Sites(list):
-    "A list of sites with `.left`: name -> why it stays dense."
-    def __init__(self, found: Iterable[Site] = (), left: dict[str, str] | None = None):
+    "A list of sites with `.left`: name -> why it stays dense, and the `.model` they were found in."
+    def __init__(self, found: Iterable[Site] = (), left: dict[str, str] | None = None, model: nn.Module | None = None):
         super().__init__(found)
-        self.left = left or {}
+        self.left, self.model = left or {}, model
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, Site]]:
     "Every weight of the model that could be pruned, with the name of its module; none is looked at."
@@ -273,7 +273,7 @@ def sites(model: nn.Module, # the model to look into; it is not changed
     check_module(model)
     include, ignore = ([] if x is None else list(x) if isinstance(x, (list, tuple, set)) else [x] for x in (include, ignore))
     exact = {x for x in include if isinstance(x, str)}
-    found = Sites()
+    found = Sites(model=model)
     for group in tied_groups(model):
         picked = [s for n, s in group if not include or any(matches(x, n, s.name, s.module) for x in include)]
         if not picked: continue

@@ -445,7 +445,7 @@ def fuse(inner: nn.Module, new: Sequence[tuple[Site, SparseLinear]], batch: Any,
             try: told = roles(with_packed(l.module, packed), x)
             except Exception: told = None                                      # it takes no rows alone, or more than one input
             part = {k: packed[n].packed for k, n in told[0].items()} if told else {}
-            if not told or not all(mlp.fuses(t, part['up'], part.get('gate')) for t in l.inputs.values()): continue
+            if not told or not all(mlp.fuses(t, part['up'], part.get('gate'), told[1]) for t in l.inputs.values()): continue
             key = told[1], tuple(sorted(l.calls.items())), *((k, p.shape, p.dtype, round(p.values.numel() / math.prod(p.shape), 2)) for k, p in part.items())
             if key not in seen: seen[key] = one_pass(l, packed, told, model_bytes, seconds / len(layers), graph)
             apart, together = seen[key]

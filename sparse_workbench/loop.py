@@ -284,10 +284,9 @@ def check_schedule(sparsifier: Sparsifier, # any
                    steps: int, # at which training ends
                    ) -> None:
     "ValueError when the schedule reaches its final sparsity only after the end of training, or a recipe was made for a longer one."
-    check_length(sparsifier, steps)
     later = [sparsifier.sparsity(steps + 10**k + k) for k in range(5, 12)]
     last = next((t for t in range(steps, -1, -1) if sparsifier.when(t)), 0)
-    if len(set(later)) > 1 or sparsifier.sparsity(last) >= later[0] - 1e-9: return # a cycle, or done in time
+    if len(set(later)) > 1 or sparsifier.sparsity(last) >= later[0] - 1e-9: return check_length(sparsifier, steps) # a cycle, or done in time
     low, high = last, steps + 10**5 + 5
     while high - low > 1:
         mid = (low + high) // 2

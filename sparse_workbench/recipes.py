@@ -444,7 +444,7 @@ def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     "Prune a trained model once, 2:4 by magnitude, and train on with that mask; layers whose (out, in) are no multiples of `multiples` stay dense. `permuting=` chains of layers whose channels are put in a better order first."
     (p, s), ss = plan(pattern, sparsity, total_steps), sites(model, **which)
     odd = {x.name: f'({x.shape[0]}, {x.shape[1]}) is no multiple of {multiples}' for x in ss if x.shape[0] % multiples[0] or x.shape[1] % multiples[1]}
-    left = Sites([x for x in ss if x.name not in odd], ss.left | odd)
+    left = Sites([x for x in ss if x.name not in odd], ss.left | odd, ss.model)
     if not left: raise ValueError(f"asp leaves every layer dense: {', '.join(f'{n} {why}' for n, why in list(odd.items())[:4])}; multiples=(1, 1) takes them all")
     if permuting: permute(model, permuting, p, optimizer=optimizer)
     return Sparsifier(left, keep_best(score), pattern=p, allocate=spread(None, p, uniform), sparsity=s, when=once()).attach(optimizer)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'Bucket', 'join', 'parts', 'spread', 'packed', 'pack', 'buckets', 'needs', 'stamp', 'check_unchanged',
-           'kept', 'pass_gradient', 'enter', 'start_again', 'optimizer_state', 'newborn', 'check_all_finite',
-           'arriving', 'joint', 'choose_jointly', 'choose_singly', 'choose', 'show', 'leave', 'around', 'unscaled',
-           'rehearsal', 'before_step', 'Sparsifier', 'check_fit', 'check_attach', 'first_masks', 'attach', 'detach',
-           'flipped', 'changes', 'Events', 'record', 'called', 'state_dict', 'load_state_dict', 'copy_stats']
+           'check_there', 'kept', 'pass_gradient', 'enter', 'start_again', 'optimizer_state', 'newborn',
+           'check_all_finite', 'arriving', 'joint', 'choose_jointly', 'choose_singly', 'choose', 'show', 'leave',
+           'around', 'unscaled', 'rehearsal', 'before_step', 'Sparsifier', 'check_fit', 'check_attach', 'first_masks',
+           'attach', 'detach', 'flipped', 'changes', 'Events', 'record', 'called', 'state_dict', 'load_state_dict',
+           'copy_stats']
 
 # %% ../nbs/api/23_sparsifier.ipynb #9935b7bc
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,14 @@ def check_unchanged(sp: 'Sparsifier') -> None:
         raise ValueError(f"{s.name} is not the weight that was attached any more (it was replaced, resized, moved or cast): detach() before you "
                          f"change the model, then make an optimizer and a Sparsifier of the changed one")
 
+def check_there(sp: 'Sparsifier') -> None:
+    "ValueError when a layer was exchanged: nobody would train what is in its place."
+    if (model := getattr(sp.sites, 'model', None)) is None: return
+    there = {id(m) for m in model.modules()}
+    if gone := [s.name for s in sp.sites if id(s.module) not in there]:
+        raise ValueError(f"{gone[0]} belongs to a layer that is not in the model any more (it was exchanged): detach() before you change the model, "
+                         f"then make an optimizer and a Sparsifier of the changed one")
+
 def kept(s: Site) -> Tensor:
     "The mask of an attached site."
     assert s.mask is not None, f"{s.name} has no mask: attach() the sparsifier first"
@@ -108,6 +117,7 @@ def pass_gradient(sp: 'Sparsifier', b: Bucket, keep: bool) -> None:
 def enter(sp: 'Sparsifier') -> None:
     "Dense weights and the flow's gradients into the parameters: what the optimizer works on."
     check_unchanged(sp)
+    if sp.t % 100 == 0: check_there(sp)
     again = sp.inside and [stamp(s) for s in sp.sites] == sp.stamps
     keep = sp.when(sp.t + 1) and 'grad' in needs(sp)
     with torch.no_grad():

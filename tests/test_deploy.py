@@ -364,7 +364,7 @@ def test_feed_forward_layers_are_fused_where_a_kernel_takes_both_weights(table, 
     plain, right = copy.deepcopy(model), model(ids)
     _, told = export(copy.deepcopy(model), ids, budget=20, gain=1e-9)
     assert told.fused == [], 'no kernel of a CPU takes gate and up at once'
-    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate, activation: gate is not None)
     names = [n.replace('weight', 'values') for n in model.state_dict() if 'proj' in n]
     model, told = export(model.train(), ids, budget=20, gain=1e-9)
     mlps = [f'model.layers.{i}.mlp' for i in (0, 1)]
@@ -394,7 +394,7 @@ def test_feed_forward_layers_are_fused_where_a_kernel_takes_both_weights(table, 
 
 def test_fused_layers_compile(table, monkeypatch):
     register(replace(choose('block', torch.ones(1, 16, 16), 64), name='own', device='cpu'))
-    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate, activation: gate is not None)
     model, ids = decoder()
     compiled = torch.compile(model, backend='eager', fullgraph=True)
     right = compiled(ids)
@@ -408,7 +408,7 @@ def test_fused_layers_compile(table, monkeypatch):
 
 def test_slower_in_one_pass_stays_apart(table, monkeypatch):
     register(instant())
-    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate, activation: gate is not None)
     monkeypatch.setattr(deploy, 'one_pass', lambda *a: (1e-12, 1.))
     model, ids = decoder()
     model, told = export(model, ids, budget=10, gain=1e-9)
@@ -419,7 +419,7 @@ def test_slower_in_one_pass_stays_apart(table, monkeypatch):
 def test_a_failure_leaves_nothing_fused(table, monkeypatch):
     k, ids = instant(), decoder()[1]
     register(k)
-    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: gate is not None)
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate, activation: gate is not None)
     model, _ = decoder()
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match='and 0 is allowed'): export(model, ids, budget=10, gain=1e-9, tolerance=0.)
@@ -440,7 +440,7 @@ class Parts(nn.Module):
     (lambda m, x: x + m.c(m.a(x).relu() * m.b(x)), None), (lambda m, x: m.c(m.a(x.view(4, 2, 32)).relu() * m.b(x.view(4, 2, 32))).view(8, 32), 'relu')])
 def test_feed_forward_layers_are_known_by_what_they_compute(table, monkeypatch, how, activation):
     register(instant())
-    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate: True)
+    monkeypatch.setattr(deploy.mlp, 'fuses', lambda x, up, gate, activation: True)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(32, 32), Parts(how)).eval(), torch.randn(8, 32)
     prune(model, .75, pattern='block16')

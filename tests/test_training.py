@@ -972,3 +972,11 @@ def test_patterns_and_flows_are_named_in_checkpoints():
     with pytest.raises(ValueError, match='made with flow'): b[2].load_state_dict(a[2].state_dict())
     assert repr(flows.soft(3, 1e-3)) != repr(flows.soft(3)) and repr(flows.l1(1e-4)) != repr(flows.l1())
     assert isinstance(a[2].pattern, Pattern)
+
+
+@pytest.mark.parametrize('name', ['gmp', 'rigl', 'acdc', 'iss_p', 'mask_decay', 'structure_decay', 'masked_decay', 'cast', 'mask_sparsity'])
+def test_a_recipe_for_a_longer_training_is_refused(name):
+    from sparse_workbench.loop import fit
+    model, opt, sp, _ = made(name, total=40)
+    with pytest.raises(ValueError, match='training ends at step 20.*give .*total_steps=20'): fit(model, opt, lambda m, b: m(b).square().mean(), data, 20, sparsifier=sp)
+    assert sp.t == 0
