@@ -56,6 +56,7 @@ def checked(f: Callable) -> Callable:
         return f(*args, **how)
     return run
 
+# %% ../nbs/api/42_recipes.ipynb #5a274b1e
 def dated(f: Callable) -> Callable:
     "A recipe whose sparsifier knows how long a training it was made for."
     @wraps(f)
@@ -78,7 +79,7 @@ def recipe(title: str, # of the paper, short
         return f
     return add
 
-# %% ../nbs/api/42_recipes.ipynb #a6ff4904
+# %% ../nbs/api/42_recipes.ipynb #dfe180d7
 @recipe('Random baseline', 'https://arxiv.org/abs/2202.02643', 'one-shot')
 def random(model: nn.Module, *, sparsity: float | None = None, seed: int = 0, **how) -> Report:
     "Prune at random: what every criterion must beat."
@@ -89,7 +90,7 @@ def magnitude(model: nn.Module, *, sparsity: float | None = None, **how) -> Repo
     "Prune the smallest weights."
     return prune(model, sparsity, score=scores.magnitude, **how)
 
-# %% ../nbs/api/42_recipes.ipynb #d13c93fb
+# %% ../nbs/api/42_recipes.ipynb #a4e5f2b3
 @recipe('Wanda', 'https://arxiv.org/abs/2306.11695', 'one-shot')
 def wanda(model: nn.Module, *, calibration: Any, sparsity: float | None = None, pattern=per_row(), **how) -> Report:
     "Weights times the norm of their inputs, compared inside output rows."
@@ -100,7 +101,7 @@ def ria(model: nn.Module, *, calibration: Any, sparsity: float | None = None, **
     "Importance relative to row and column, times the square root of the input norm; compared over the matrix, as the authors' code does."
     return prune(model, sparsity, score=scores.ria, calibration=calibration, **how)
 
-# %% ../nbs/api/42_recipes.ipynb #7857d1ab
+# %% ../nbs/api/42_recipes.ipynb #8f7886a7
 @recipe('SNIP', 'https://arxiv.org/abs/1810.02340', 'one-shot')
 def snip(model: nn.Module, *, calibration: Calibration, sparsity: float, allocate=global_, **how) -> Report:
     "Connection sensitivity, ranked over the network."
@@ -111,7 +112,7 @@ def grasp(model: nn.Module, *, calibration: Calibration, sparsity: float, alloca
     "Keep what carries the gradient norm, ranked over the network."
     return prune(model, sparsity, score=scores.grasp, allocate=allocate, calibration=calibration, **how)
 
-# %% ../nbs/api/42_recipes.ipynb #812bbab4
+# %% ../nbs/api/42_recipes.ipynb #d21ff38f
 @recipe('Taylor pruning', 'https://arxiv.org/abs/1906.10771', 'one-shot')
 def taylor(model: nn.Module, *, calibration: Calibration, sparsity: float | None = None, allocate=global_, **how) -> Report:
     "First-order Taylor importance, squared before it is averaged."
@@ -122,7 +123,7 @@ def obd(model: nn.Module, *, calibration: Calibration, sparsity: float | None = 
     "Half the diagonal Fisher times the weight squared."
     return prune(model, sparsity, score=scores.fisher, allocate=allocate, calibration=calibration, **how)
 
-# %% ../nbs/api/42_recipes.ipynb #65808011
+# %% ../nbs/api/42_recipes.ipynb #3e53796f
 @recipe('SynFlow', 'https://arxiv.org/abs/2006.05467', 'one-shot')
 def synflow(model: nn.Module, *, calibration: Any, sparsity: float | None = None, rounds: int = 100, allocate: Allocate | None = None, pattern: Any = unstructured(), **how) -> Report:
     "Iterative synaptic flow: (1 − sparsity)^(i/rounds) of the weights are left after round i. Of the calibration only the input's shape is used."
@@ -140,7 +141,7 @@ def synflow(model: nn.Module, *, calibration: Any, sparsity: float | None = None
         raise
     return out
 
-# %% ../nbs/api/42_recipes.ipynb #f2c5e38f
+# %% ../nbs/api/42_recipes.ipynb #3d09af9a
 def plan(pattern: Any, sparsity: float | None, total_steps: int) -> tuple[Pattern, float]: # the pattern, the final sparsity
     "Check what a training recipe was asked for; ValueError says what to type."
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -149,7 +150,7 @@ def plan(pattern: Any, sparsity: float | None, total_steps: int) -> tuple[Patter
     if (s := asked(p, sparsity)) == 1: raise ValueError("sparsity 1 leaves no weight to train: ask for less, for example 0.99")
     return p, s
 
-# %% ../nbs/api/42_recipes.ipynb #809979f5
+# %% ../nbs/api/42_recipes.ipynb #059e6ad2
 def window(total_steps: int, begin: float, end: float) -> tuple[int, int]: # first and last step
     "A part of the training, given as fractions of it."
     for name, x in (('begin', begin), ('end', end)):
@@ -165,7 +166,7 @@ def rhythm(frequency: int | None, usual: int, first: int, last: int) -> int: # s
         raise ValueError(f"frequency={frequency!r}: masks change between step {first} and {last}, so use 1 to {last - first} steps, or a longer training")
     return frequency
 
-# %% ../nbs/api/42_recipes.ipynb #901892ab
+# %% ../nbs/api/42_recipes.ipynb #588581c0
 def spread(allocate: Allocate | None, p: Pattern, usual: Allocate = erk) -> Allocate:
     "The allocation asked for, else the paper's, else uniform where the pattern fixes the share."
     if p.fixed and allocate in (er, erk, erk_plus, global_, uniform_plus): raise ValueError(f"{p!r} holds the same share in every layer: use allocate=uniform, or leave it out")
@@ -175,7 +176,7 @@ def along(p: Pattern, schedule: Schedule) -> Schedule:
     "A schedule that the pattern can follow."
     return whole(schedule, p.group[0] * p.group[1]) if p.fixed else schedule
 
-# %% ../nbs/api/42_recipes.ipynb #f579bd72
+# %% ../nbs/api/42_recipes.ipynb #7dfc0d7a
 def remembered(allocate: Allocate, ss: Sites, p: Pattern, sparsity: float) -> Allocate: # it gives the same at every call
     "The shares that an allocation gives now, without the statistics that it needed for them."
     ratios, needs = allocate(ss, p, scores.magnitude, sparsity), getattr(allocate, 'needs', ())
@@ -185,7 +186,7 @@ def remembered(allocate: Allocate, ss: Sites, p: Pattern, sparsity: float) -> Al
     same.__name__ = getattr(allocate, '__name__', 'table')
     return same
 
-# %% ../nbs/api/42_recipes.ipynb #391c9000
+# %% ../nbs/api/42_recipes.ipynb #aea943af
 @recipe('The unreasonable effectiveness of random pruning', 'https://arxiv.org/abs/2202.02643', 'training')
 def static(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None, calibration: Any = None,
            seed: int = 0, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -197,7 +198,7 @@ def static(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
         how = remembered(how, ss, p, s)
     return Sparsifier(ss, keep_best(scores.noise(seed)), pattern=p, allocate=how, sparsity=s, when=once()).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #6101f283
+# %% ../nbs/api/42_recipes.ipynb #019e48ed
 @recipe('Learning both weights and connections: prune, retrain', 'https://arxiv.org/abs/1506.02626', 'training')
 def retrain(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, allocate: Allocate | None = None,
             score: scores.Score = scores.magnitude, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -213,7 +214,7 @@ def spdf(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = forgetting(keep_best(scores.noise(seed)), rules.when_dense)
     return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.steps({0: s, turn: 0}), when=lambda t: t in (0, turn)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #8df697c3
+# %% ../nbs/api/42_recipes.ipynb #7010c2b0
 @recipe('To prune or not to prune (GMP)', 'https://arxiv.org/abs/1710.01878', 'training')
 def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, end: float = .75, frequency: int | None = None,
         score: scores.Score = scores.magnitude, allocate: Allocate | None = None, pattern: Any = unstructured(), flow: flows.Flow = flows.cut, **which) -> Sparsifier:
@@ -223,7 +224,7 @@ def gmp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     return Sparsifier(sites(model, **which), keep_best(score), pattern=p, allocate=spread(allocate, p, uniform), sparsity=along(p, cubic(0, s, b - a, a)),
                       when=lambda t: t == b or beat(t), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #cd72bd35
+# %% ../nbs/api/42_recipes.ipynb #8f7cfb16
 @recipe('The journey matters', 'https://arxiv.org/abs/2501.12486', 'training')
 def journey(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, frequency: int | None = None,
             allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -233,7 +234,7 @@ def journey(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = 
     return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, global_), sparsity=along(p, schedules.journey(s, total_steps, n)),
                       when=every(n, *schedules.journey_steps(s, total_steps, n))).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #5e3183b8
+# %% ../nbs/api/42_recipes.ipynb #321572b3
 @recipe('AC/DC', 'https://arxiv.org/abs/2106.12379', 'training')
 def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, begin: float = .1, phase: float = .05, end: float = .85,
          allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -243,7 +244,7 @@ def acdc(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     return Sparsifier(sites(model, **which), forgetting(keep_best(), rules.when_dense), pattern=p, allocate=spread(allocate, p, global_), sparsity=f,
                       when=lambda t: t == 0 or f(t) != f(t - 1)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #08891a41
+# %% ../nbs/api/42_recipes.ipynb #37f54abb
 @recipe('ISS-P', 'https://arxiv.org/abs/2303.09650', 'training')
 def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, shrink: float = .95, until: float = .2,
           allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -252,7 +253,7 @@ def iss_p(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = No
     return Sparsifier(sites(model, **which), rules.shrinking(keep_best(), shrink), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s,
                       when=lambda t: t <= turn, flow=flows.soft(turn)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #f71cbdce
+# %% ../nbs/api/42_recipes.ipynb #cd6cf4ee
 @recipe('MaskSparsity', 'https://arxiv.org/abs/2201.06776', 'training')
 def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, pull: float = 5e-4, until: float = .5,
                   allocate: Allocate | None = None, pattern: Any = row(), **which) -> Sparsifier:
@@ -260,7 +261,7 @@ def mask_sparsity(model: nn.Module, optimizer: Optimizer, *, sparsity: float | N
     (p, s), (_, turn) = plan(pattern, sparsity, total_steps), window(total_steps, 0, until)
     return Sparsifier(sites(model, **which), pattern=p, allocate=spread(allocate, p, uniform), sparsity=s, when=once(), flow=flows.soft(turn, pull)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #c72a76c0
+# %% ../nbs/api/42_recipes.ipynb #3d2d71f4
 @scores.criterion()
 def energy(site: Site) -> Tensor:
     "w²: summed over a unit, it ranks units by their L2 norm."
@@ -274,7 +275,7 @@ def group_lasso(model: nn.Module, optimizer: Optimizer, *, sparsity: float | Non
     return Sparsifier(sites(model, **which), keep_best(energy), pattern=p, allocate=spread(allocate, p, uniform), sparsity=schedules.steps({0: 0., turn: s}), when=once(turn),
                       flow=flows.group_lasso(strength, turn, power)).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #ee16bd0c
+# %% ../nbs/api/42_recipes.ipynb #bc3c79a3
 def dynamic(model: nn.Module, optimizer: Optimizer, rule: rules.Rule, p: Pattern, sparsity: float | Schedule, when: When, allocate: Allocate,
             which: dict, flow: flows.Flow = flows.cut) -> Sparsifier:
     "A sparsifier with an exchanging rule, attached."
@@ -288,7 +289,7 @@ def set_(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = drop_grow(scores.sign_rank, scores.chance(seed), fraction, scores.noise(seed))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, er), which)
 
-# %% ../nbs/api/42_recipes.ipynb #1f5fc503
+# %% ../nbs/api/42_recipes.ipynb #6ac31e29
 @recipe('RigL', 'https://arxiv.org/abs/1911.11134', 'training')
 def rigl(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, fraction: float = .3, frequency: int | None = None,
          end: float = .75, seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -297,7 +298,7 @@ def rigl(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = drop_grow(scores.magnitude, scores.gradient, cosine_fraction(fraction, b), scores.noise(seed))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p), which)
 
-# %% ../nbs/api/42_recipes.ipynb #6a4d0e89
+# %% ../nbs/api/42_recipes.ipynb #69e8bd23
 @recipe('In-time over-parameterization', 'https://arxiv.org/abs/2102.02887', 'training')
 def itop(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, grow: scores.Score = scores.gradient, fraction: float = .5,
          frequency: int | None = None, end: float = 1., seed: int = 0, allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -306,7 +307,7 @@ def itop(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = explored(drop_grow(scores.magnitude, grow, death_rate(total_steps, fraction), scores.noise(seed)))
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 1500, a, b), a, b), spread(allocate, p), which)
 
-# %% ../nbs/api/42_recipes.ipynb #f3497195
+# %% ../nbs/api/42_recipes.ipynb #a3e1a15c
 def check_momentum(name: str, optimizer: Optimizer) -> None:
     "ValueError when an optimizer keeps no mean of gradients."
     if not any(g.get('momentum') or 'betas' in g for g in optimizer.param_groups):
@@ -322,7 +323,7 @@ def snfs(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     rule = forgetting(drop_grow(scores.magnitude, scores.momentum, rate, scores.noise(seed)), rules.nowhere)
     return dynamic(model, optimizer, rule, p, s, every(rhythm(frequency, 100, a, b), a, b), spread(allocate, p, redistribute(rate)), which, flows.dense_momentum)
 
-# %% ../nbs/api/42_recipes.ipynb #5bda337d
+# %% ../nbs/api/42_recipes.ipynb #b64e1dc9
 def erk_then_global(ss: Sequence[Site], p: Pattern, score: scores.Score, sparsity: float) -> dict[str, float]:
     "ERK densities for the first masks; from then on one ranking of what is held."
     first = all(x.mask is None or bool(x.mask.all()) for x in ss)
@@ -340,13 +341,13 @@ def granet(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     rule = drop_grow(scores.magnitude, scores.gradient, death_rate(total_steps, fraction), scores.noise(seed))
     return dynamic(model, optimizer, rule, p, along(p, cubic(first, s, b // n * n)), every(n, 0, total_steps - 1), spread(allocate, p, usual), which)
 
-# %% ../nbs/api/42_recipes.ipynb #6fcda69b
+# %% ../nbs/api/42_recipes.ipynb #10b6cc08
 @recipe('BLaST', 'https://arxiv.org/abs/2507.03117', 'training')
 def blast(model: nn.Module, optimizer: Optimizer, *, sparsity: float, total_steps: int, pattern: Any = block(32), allocate: Allocate | None = None, **how) -> Sparsifier:
     "Blocked prune and grow, from dense: GraNet on blocks, every layer alike. Name the layers, e.g. include='*mlp*'."
     return granet(model, optimizer, sparsity=sparsity, total_steps=total_steps, pattern=pattern, allocate=allocate or uniform, **dict(start=0., fraction=.3) | how)
 
-# %% ../nbs/api/42_recipes.ipynb #b273f7b9
+# %% ../nbs/api/42_recipes.ipynb #1eedef5f
 @recipe('DeepR', 'https://arxiv.org/abs/1711.05136', 'training')
 def deepr(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, l1: float = 1e-5, noise: float = 1e-5, seed: int = 0,
           allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> Sparsifier:
@@ -361,14 +362,14 @@ def top_kast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None =
     p, s = plan(pattern, sparsity, total_steps)
     return dynamic(model, optimizer, rules.two_sets(scores.magnitude, wider), p, s, every(1), spread(allocate, p, uniform), which, flows.explore(decay, decay / (1 - s)))
 
-# %% ../nbs/api/42_recipes.ipynb #6b35dd7b
+# %% ../nbs/api/42_recipes.ipynb #7a2d8df7
 def phases(s: float, total_steps: int, begin: float, end: float, flow: flows.Flow) -> dict[str, Any]: # arguments of a Sparsifier
     "Dense before `begin`, masks at every step until `end`, fixed masks from there on."
     a, b = window(total_steps, begin, end)
     how: dict[str, Any] = dict(sparsity=schedules.steps({0: 0., a: s}) if a else s, flow=flow)
     return how if end == 1 else how | dict(flow=flows.settled(flow, b), when=lambda t: t <= b)
 
-# %% ../nbs/api/42_recipes.ipynb #6b03258c
+# %% ../nbs/api/42_recipes.ipynb #1b318f21
 @recipe('Straight-through estimator', 'https://arxiv.org/abs/1308.3432', 'training')
 def ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, begin: float = 0., end: float = 1.,
         pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -383,7 +384,7 @@ def sr_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = N
     p, s = plan(pattern, sparsity, total_steps)
     return Sparsifier(sites(model, **which), pattern=p, **phases(s, total_steps, begin, end, flows.sr_ste(decay))).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #ef45834b
+# %% ../nbs/api/42_recipes.ipynb #9d2a055c
 @recipe('BDWP (bidirectional weight pruning)', 'https://arxiv.org/abs/2309.13015', 'training')
 def bdwp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, decay: float = 0., pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Straight through with two masks: along the inputs in the forward product, along the outputs in the backward one."
@@ -395,7 +396,7 @@ def bdwp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     reroute(sp.sites, turned(p))
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #78946285
+# %% ../nbs/api/42_recipes.ipynb #de9c412f
 @recipe('Progressive gradient flow: mask decay (MdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
 def mask_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'exponential', rate: float | None = None,
                begin: float = 0., end: float = .8, backward: str = 'ste', pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -404,7 +405,7 @@ def mask_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None
     flow = flows.mask_decay({'linear': 1.}.get(kind, math.log(100)) / (b - a) if rate is None else rate, kind, a, b, backward)
     return Sparsifier(sites(model, **which), pattern=p, sparsity=schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #f2380f8d
+# %% ../nbs/api/42_recipes.ipynb #2e3d9e6b
 @contextmanager
 def hard(sp: Sparsifier) -> Iterator[None]:
     "Inside the block the model holds hard-masked weights, whatever the flow leaves in use; afterwards what it held before."
@@ -417,7 +418,7 @@ def hard(sp: Sparsifier) -> Iterator[None]:
         with torch.no_grad():
             for s, w in zip(sp.sites, before): s.weight.copy_(w)
 
-# %% ../nbs/api/42_recipes.ipynb #0cc837c9
+# %% ../nbs/api/42_recipes.ipynb #7fadbcba
 def n_of_m(name: str, p: Pattern) -> tuple[int, int]: # N and M
     "What an N:M pattern keeps of how many; ValueError for any other."
     if type(p) is not Pattern or not p.fixed or 1 not in p.group or p.sparsity is None:
@@ -425,7 +426,7 @@ def n_of_m(name: str, p: Pattern) -> tuple[int, int]: # N and M
     of = max(p.group)
     return round(of * (1 - p.sparsity)), of
 
-# %% ../nbs/api/42_recipes.ipynb #d6fbe67b
+# %% ../nbs/api/42_recipes.ipynb #1d9b154b
 @recipe('Progressive gradient flow: structure decay (SdGf)', 'https://arxiv.org/abs/2402.04744', 'training')
 def structure_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, kind: str = 'step', begin: float = 0., end: float = .8,
                     flow: flows.Flow = flows.ste, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -437,7 +438,7 @@ def structure_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float |
     rule = keep_best() if step else regrouped(keep_best(), schedules.shrinking_groups(keep, of, b - a, a))
     return Sparsifier(sites(model, **which), rule, pattern=p, sparsity=schedules.halving(keep, of, b - a, a) if step else schedules.steps({0: 0., a: s}), flow=flow).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #e9135e3d
+# %% ../nbs/api/42_recipes.ipynb #db131a4d
 @recipe('ASP', 'https://arxiv.org/abs/2104.08378', 'training')
 def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int = 1, multiples: tuple[int, int] = (8, 16),
         permuting: Sequence[Chain] = (), score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -449,7 +450,7 @@ def asp(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     if permuting: permute(model, permuting, p, optimizer=optimizer)
     return Sparsifier(left, keep_best(score), pattern=p, allocate=spread(None, p, uniform), sparsity=s, when=once()).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #6073b353
+# %% ../nbs/api/42_recipes.ipynb #9e0e19cc
 def sampled(sp: Sparsifier, gradients: str, optimizer: Optimizer) -> Sparsifier: # attached
     "Attach; with 'mvue' or 'least variance', weight gradients are made of a 2:4 sample of the output gradient."
     if gradients not in ('dense', 'mvue', 'least variance'): raise ValueError(f"gradients={gradients!r}: use 'dense', or 'mvue' or 'least variance' for a 2:4 sample of the output gradient")
@@ -461,7 +462,7 @@ def sampled(sp: Sparsifier, gradients: str, optimizer: Optimizer) -> Sparsifier:
     reroute(sp.sites, None, sample)
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #d1604d65
+# %% ../nbs/api/42_recipes.ipynb #d6ca1a5e
 @recipe('Accelerating transformer pre-training with 2:4 (masked decay)', 'https://arxiv.org/abs/2404.01847', 'training')
 def masked_decay(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 2e-4, frequency: int | None = None,
                  dense: float = 1/6, gradients: str = 'dense', pattern: Any = transposable(2, 4), **which) -> Sparsifier:
@@ -478,7 +479,7 @@ def s_ste(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = No
     p, s = plan(pattern, sparsity, total_steps)
     return sampled(Sparsifier(sites(model, **which), pattern=p, sparsity=s, flow=flows.s_ste), gradients, optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #a8708c01
+# %% ../nbs/api/42_recipes.ipynb #e8c642de
 def flips(sp: Sparsifier) -> list[tuple[int, float]]: # (step, rate), filled as training goes on
     "Record the share of weights whose mask has changed, at every change of masks."
     out: list[tuple[int, float]] = []
@@ -493,7 +494,7 @@ def virtual(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = 
     p, s = plan(pattern, sparsity, 1)
     return Sparsifier(sites(model, **which), forgetting(keep_best(), nowhere), pattern=p, sparsity=s, when=every(frequency), flow=flows.dense).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #f9b08165
+# %% ../nbs/api/42_recipes.ipynb #6ba76b8e
 def tune_decay(flip: Callable[[float | None], float], # a short training with this λ -> its mean flip rate; None: dense, with `virtual`
                decays: Sequence[float] = (6e-6, 2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
                band: tuple[float, float] = (.6, .95)) -> tuple[float, dict[float, float]]: # λ, and the ratio to the dense flip rate for each
@@ -505,12 +506,12 @@ def tune_decay(flip: Callable[[float | None], float], # a short training with th
     if not good: raise ValueError(f"no λ has a ratio between {band[0]} and {band[1]}: " + ', '.join(f'{d:g}: {r:.2f}' for d, r in ratios.items()) + '; try larger ones if all ratios are above, smaller ones if below')
     return min(good, key=lambda d: abs(ratios[d] - sum(band) / 2)), ratios
 
-# %% ../nbs/api/42_recipes.ipynb #74a9914b
+# %% ../nbs/api/42_recipes.ipynb #8e42d263
 def inside(optimizer: Optimizer) -> TypeGuard[MaskedAdam]:
     "Does the optimizer pull by itself? A StepAdam has no place for it, so its pull is in the gradient, as with any other."
     return isinstance(optimizer, MaskedAdam) and not isinstance(optimizer, StepAdam)
 
-# %% ../nbs/api/42_recipes.ipynb #3162bdad
+# %% ../nbs/api/42_recipes.ipynb #689b9465
 @recipe('AST (adaptive sparse trainer)', 'https://arxiv.org/abs/2407.20584', 'training')
 def ast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 6e-5, rise: float = .25, frequency: int | None = None,
         score: scores.Score = scores.magnitude, calibration: Any = None, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -522,7 +523,7 @@ def ast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None
     if inside(optimizer): optimizer.follow(sp, pull_after(decay, top))
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #d2dea851
+# %% ../nbs/api/42_recipes.ipynb #cb721ebf
 @recipe('CAST', 'https://arxiv.org/abs/2509.25996', 'training')
 def cast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, decay: float = 4e-7, frequency: int | None = None,
          score: scores.Score = scores.magnitude, pattern: Any = nm(2, 4), **which) -> Sparsifier:
@@ -534,7 +535,7 @@ def cast(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
     if inside(optimizer): optimizer.follow(sp, l1_after(decay, total_steps))
     return sp
 
-# %% ../nbs/api/42_recipes.ipynb #e5ad35cc
+# %% ../nbs/api/42_recipes.ipynb #c9cb227a
 @recipe('STEP', 'https://arxiv.org/abs/2302.01172', 'training')
 def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = None, total_steps: int, dense: float = .5, pattern: Any = nm(2, 4), **which) -> Sparsifier:
     "Dense until the variances have settled, then straight through with N:M masks; with StepAdam the second moment is frozen at the switch."
@@ -544,7 +545,7 @@ def step(model: nn.Module, optimizer: Optimizer, *, sparsity: float | None = Non
         return s if at is not None and t >= at else 0.
     return Sparsifier(sites(model, **which), pattern=p, sparsity=now, flow=flows.ste).attach(optimizer)
 
-# %% ../nbs/api/42_recipes.ipynb #805cce8d
+# %% ../nbs/api/42_recipes.ipynb #4be9d590
 def holder(model: nn.Module, masks: dict[str, Tensor], which: dict, used: list[Sparsifier]) -> Callable[[Optimizer], Sparsifier]:
     "A function that makes an optimizer keep these masks."
     table = {n: 1 - int(m.sum()) / max(1, m.numel()) for n, m in masks.items()}
@@ -558,7 +559,7 @@ def rounds_of(sparsity: float, rate: float) -> list[float]: # sparsity after eac
     n = math.ceil(math.log(1 - sparsity) / math.log(1 - rate) - 1e-9)
     return [*(1 - (1 - rate) ** i for i in range(1, n)), sparsity] if n else []
 
-# %% ../nbs/api/42_recipes.ipynb #f970075c
+# %% ../nbs/api/42_recipes.ipynb #dd35a9cb
 def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     "One training with the masks of the sites held."
     used: list[Sparsifier] = []
@@ -568,7 +569,7 @@ def round_of(model: nn.Module, ss: Sites, train: Callable, which: dict) -> None:
     if not used: raise ValueError("train(model, hold) must call hold(optimizer) before its first step, so that pruned weights stay zero")
     for s in ss: check_finite(s)
 
-# %% ../nbs/api/42_recipes.ipynb #784a29f9
+# %% ../nbs/api/42_recipes.ipynb #2e0a0afe
 def prune_more(ss: Sites, p: Pattern, allocate: Allocate, target: float) -> None:
     "Masks of this sparsity; what was pruned before comes last in every ranking."
     ratios = allocate(ss, p, scores.held, target)
@@ -584,7 +585,7 @@ def check_rounds(ss: Sites, p: Pattern, allocate: Allocate, targets: Sequence[fl
     for target in targets: prune_more(ss, p, allocate, target)
     keep_all()
 
-# %% ../nbs/api/42_recipes.ipynb #8e9af7c2
+# %% ../nbs/api/42_recipes.ipynb #99c41a8f
 @recipe('The lottery ticket hypothesis', 'https://arxiv.org/abs/1803.03635', 'outer loop')
 def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsity: float | None = None, rate: float = .2, rewind: str = 'weights',
         allocate: Allocate | None = None, pattern: Any = unstructured(), **which) -> list[Report]: # one report for each round of pruning
@@ -604,7 +605,7 @@ def imp(model: nn.Module, train: Callable[[nn.Module, Callable], Any], *, sparsi
     round_of(model, ss, train, which)
     return reports
 
-# %% ../nbs/api/42_recipes.ipynb #f668743e
+# %% ../nbs/api/42_recipes.ipynb #a2a36444
 def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     "Running statistics of all batch norms, from these batches alone; the mode of every module is put back. ValueError, and old statistics, when there is no batch."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -622,7 +623,7 @@ def fresh_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         for m, r in zip(norms, rates): m.momentum = r
         for k, t in was.items(): k.training = t
 
-# %% ../nbs/api/42_recipes.ipynb #4814509a
+# %% ../nbs/api/42_recipes.ipynb #5e49a23b
 def check_alike(models: Sequence[nn.Module]) -> None:
     "ValueError that names what two models do not share."
     if not models: raise ValueError("a soup is made of models, and there is none: give copies of one pruned model that were retrained")
@@ -635,7 +636,7 @@ def check_alike(models: Sequence[nn.Module]) -> None:
             if not (v.is_floating_point() or k.endswith('num_batches_tracked') or torch.equal(v, other[k])):
                 raise ValueError(f"{k} of model 0 and model {i} differ, and {v.dtype} has no average: packed weights need the same positions, so unpack() the layers first")
 
-# %% ../nbs/api/42_recipes.ipynb #b7b1c005
+# %% ../nbs/api/42_recipes.ipynb #6325a453
 @recipe('Sparse model soups', 'https://arxiv.org/abs/2306.16788', 'outer loop')
 def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, **which) -> nn.Module:
     "The average of models with one mask, as a new model; batch norms get fresh statistics from `batches`. ValueError when masks differ."
@@ -653,7 +654,7 @@ def soup(models: Sequence[nn.Module], *, batches: Iterable[Any] | None = None, *
     if batches is not None: fresh_norms(out, batches)
     return out
 
-# %% ../nbs/api/42_recipes.ipynb #9558b558
+# %% ../nbs/api/42_recipes.ipynb #2874a69e
 @recipe('Random search', 'https://arxiv.org/abs/2403.08265', 'outer loop')
 def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, sparsity: float | None = None, tries: int = 10, **how) -> list[float]: # a value for each draw
     "Draw random masks, keep the one with the lowest evaluate(model), before any training; the model is left with it."
@@ -668,7 +669,7 @@ def random_search(model: nn.Module, evaluate: Callable[[nn.Module], float], *, s
     prune(model, sparsity, score=scores.noise(min(range(tries), key=values.__getitem__)), **how)
     return values
 
-# %% ../nbs/api/42_recipes.ipynb #e64839e0
+# %% ../nbs/api/42_recipes.ipynb #ba2d5b23
 def table() -> list[dict[str, str]]: # one row for each recipe: name, paper, family, needs, summary
     "All recipes, read from the register."
     rows = []
