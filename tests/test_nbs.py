@@ -1,7 +1,7 @@
 """Every notebook of nbs/, executed cell by cell in nbdev's own executor; one test each.
 
 Cells that carry a flag of `tst_flags` in settings.ini are left out: NB_FLAGS='cuda slow' forces them.
-Experiments run with fast parameters elsewhere: they are parameterised, and a whole run takes minutes.
+Experiments are run as such, by test_experiments.py.
 """
 import os
 import re
