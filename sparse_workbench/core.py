@@ -7,7 +7,7 @@ __all__ = ['WRAPPERS', 'HEADS', 'shard_start', 'local', 'Site', 'whole_shape', '
            'bits', 'masked', 'masked_', 'expert', 'in_rows', 'prunable', 'matches', 'inside', 'check_module',
            'unwrapped', 'bare_names', 'submodule', 'output_head', 'Sites', 'candidates', 'packed_modules', 'own',
            'flattened', 'check_own', 'named_weights', 'tied_groups', 'why_dense', 'sites', 'explain', 'zeros', 'Report',
-           'report', 'report_lines', 'report_foot', 'report_text', 'report_html']
+           'report', 'report_lines', 'some_of', 'report_foot', 'report_text', 'report_html']
 
 # %% ../nbs/api/00_core.ipynb #fa54909a
 import re
@@ -348,10 +348,16 @@ def report_lines(r: Report, most: int = 40) -> list[tuple[str, ...]]: # first th
             ('total', f"{t['sites']} sites", '', f"{t['params']:,}", f"{t['asked']:.2%}", f"{t['achieved']:.2%}")]
 
 # %% ../nbs/api/00_core.ipynb #5943bb3d
+def some_of(names: list[str], most: int = 4) -> str:
+    "The first of some names, and how many more there are."
+    return '; '.join(names[:most]) + (f'; {len(names) - most} more' if len(names) > most else '')
+
 def report_foot(r: Report) -> str:
-    "How the report was made, and what stays dense."
-    left = '; '.join(f"{n} stays {'as it is' if why.startswith('packed') else 'dense'} ({why})" for n, why in list(r.left.items())[:4]) + (f'; {len(r.left) - 4} more' if len(r.left) > 4 else '')
-    return '\n'.join(x for x in (r.note, left) if x)
+    "How the report was made, what stays dense, and what an allocation leaves whole or empty."
+    left = some_of([f"{n} stays {'as it is' if why.startswith('packed') else 'dense'} ({why})" for n, why in r.left.items()])
+    whole, empty = ([x['name'] for x in r.rows if x['params'] and x['asked'] == a] for a in (0, 1))
+    ends = [f'{what}: {some_of(names)}' for what, names in (('left whole, the others lose more', whole), ('nothing is left', empty)) if 0 < len(names) < len(r.rows)]
+    return '\n'.join(x for x in (r.note, left, *ends) if x)
 
 def report_text(r: Report) -> str:
     "The report as aligned text."
