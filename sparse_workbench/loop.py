@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Row', 'shuffle', 'order', 'shuffled', 'row', 'measured', 'sparsities', 'series', 'patience', 'whole', 'part',
            'whole_site', 'part_site', 'whole_state', 'load_whole_state', 'write_state', 'write_checkpoint',
-           'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'bare', 'group_names',
-           'state_of', 'check_state', 'restore', 'check_length', 'check_schedule', 'check_run', 'check_parts',
-           'train_step', 'resumed', 'measurements', 'save', 'fit']
+           'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'bare', 'bare_name',
+           'named_state', 'group_names', 'state_of', 'check_state', 'restore', 'check_length', 'check_schedule',
+           'check_run', 'check_parts', 'train_step', 'resumed', 'measurements', 'save', 'fit']
 
 # %% ../nbs/api/52_loop.ipynb #11c010ca
 import functools
@@ -231,23 +231,31 @@ def bare(model: nn.Module) -> nn.Module:
         model = getattr(model, '_orig_mod', None) or model.module # type: ignore[assignment]
     return model
 
+def bare_name(name: str) -> str:
+    "The name of an entry without what torch.compile and activation checkpoints add around blocks."
+    return name.replace('_orig_mod.', '').replace('_checkpoint_wrapped_module.', '')
+
+def named_state(model: nn.Module) -> dict[str, Any]:
+    "The state of the bare model, by the names that it has where nothing is compiled."
+    return {bare_name(k): v for k, v in bare(model).state_dict().items()}
+
 # %% ../nbs/api/52_loop.ipynb #707e5bb5
 def group_names(run: Run) -> list[list[str]]: # '' for a parameter that the model does not have
     "What the optimizer's parameters are called, group by group."
-    names = {id(p): n for n, p in bare(run.model).named_parameters()}
+    names = {id(p): bare_name(n) for n, p in bare(run.model).named_parameters()}
     return [[names.get(id(p), '') for p in g['params']] for g in run.optimizer.param_groups]
 
 # %% ../nbs/api/52_loop.ipynb #9e27e163
 def state_of(run: Run, step: int, records: list[Row]) -> dict[str, Any]:
     "Everything that a checkpoint holds; a collective call when there are several processes."
     return dict(step=step, records=records, kind=type(run.optimizer).__name__, data=getattr(run.batches, 'key', ''), groups=group_names(run),
-                model=whole(bare(run.model).state_dict()), optimizer=whole(run.optimizer.state_dict()),
+                model=whole(named_state(run.model)), optimizer=whole(run.optimizer.state_dict()),
                 scheduler=run.scheduler and run.scheduler.state_dict(), sparsifier=run.sparsifier and whole_state(run.sparsifier), random=every_rank(random_state()))
 
 # %% ../nbs/api/52_loop.ipynb #622e770d
 def check_state(run: Run, state: dict[str, Any], steps: int) -> None:
     "ValueError when a checkpoint is not of this run."
-    here, there = bare(run.model).state_dict(), state['model']
+    here, there = named_state(run.model), state['model']
     if odd := here.keys() ^ there.keys(): raise ValueError(f"the checkpoint is of another model: only one side has {', '.join(sorted(odd)[:5])}")
     for k, v in here.items():
         if isinstance(v, Tensor) and v.shape != there[k].shape: raise ValueError(f"the checkpoint is of another model: {k} is {tuple(v.shape)}, in the checkpoint {tuple(there[k].shape)}")
@@ -266,7 +274,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     if run.sparsifier is not None: load_whole_state(run.sparsifier, state['sparsifier'])
     model, params = bare(run.model), [p for g in run.optimizer.param_groups for p in g['params']]
     now = model.state_dict()
-    model.load_state_dict({k: part(v, now[k]) for k, v in state['model'].items()})
+    model.load_state_dict({k: part(state['model'][bare_name(k)], v) for k, v in now.items()})
     moments = {i: {k: part(v, params[i]) for k, v in d.items()} for i, d in state['optimizer']['state'].items()}
     run.optimizer.load_state_dict({**state['optimizer'], 'state': moments})
     if run.scheduler is not None: run.scheduler.load_state_dict(state['scheduler'])

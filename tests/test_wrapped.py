@@ -88,7 +88,7 @@ def trained(model, folder, steps, fits=STEPS):
     return {s.name: s.mask for s in sp.sites}
 
 
-@pytest.mark.parametrize('first, then', [('compiled', None), (None, 'compiled'), ('compiled', 'distributed'), ('distributed', None)])
+@pytest.mark.parametrize('first, then', [('compiled', None), (None, 'compiled'), ('compiled', 'distributed'), ('distributed', None), ('pieces', None), (None, 'pieces'), ('pieces', 'compiled')])
 def test_a_checkpoint_of_one_resumes_on_the_other(first, then, group, tmp_path):
     wrapped = lambda name: WRAPS[name](bare()) if name else bare()
     whole, half, rest = bare(), wrapped(first), wrapped(then)
