@@ -12,9 +12,9 @@ __all__ = ['CHUNK', 'INTS', 'PIECE', 'LOWS', 'SIDES', 'GROUPS', 'SPARSE', 'FORMA
            'signed_zeros', 'cheapest', 'tiles', 'write_groups', 'write_parts', 'read_twin', 'put_tiles', 'put_blocks',
            'put_parts', 'read_parts', 'storable', 'check_plain', 'packed_layers', 'plain_weight', 'layout', 'state',
            'contents', 'whole_name', 'chosen', 'sizes', 'store', 'detached', 'goals', 'collected', 'class_path',
-           'write_config', 'check_target', 'whole', 'put_in_place', 'side_by_side', 'digest', 'fingerprint', 'seal',
-           'package_version', 'save_sparse', 'read_json', 'take', 'check_layout', 'check_entry', 'manifest',
-           'check_files', 'count_ones', 'check_part', 'check_bits', 'mapped', 'check_gaps', 'check_numbers',
+           'write_config', 'foreign', 'identity', 'check_target', 'whole', 'put_in_place', 'side_by_side', 'digest',
+           'fingerprint', 'seal', 'package_version', 'save_sparse', 'read_json', 'take', 'check_layout', 'check_entry',
+           'manifest', 'check_files', 'count_ones', 'check_part', 'check_bits', 'mapped', 'check_gaps', 'check_numbers',
            'check_parts', 'payloads', 'check_fit', 'fill', 'clean', 'builder', 'retyped', 'generation', 'Blank',
            'rebuilt', 'packed_linear', 'exchange', 'kernel_format', 'hooked', 'wrapped_alone', 'with_kernels',
            'load_sparse', 'dense_sites', 'masks_from_zeros', 'from_torch_prune']
@@ -665,21 +665,29 @@ def write_config(model: nn.Module, folder: Path) -> None:
     if hasattr(generation, 'to_json_string'): (folder/'generation_config.json').write_text(generation.to_json_string(), encoding='utf-8')
 
 # %% ../nbs/api/41_formats.ipynb #114dd315
+def foreign(folder: Path) -> str: # '' when it may go
+    "Why a folder must not be replaced."
+    if folder.samefile('.'): return f"{str(folder)!r} is the folder you work in, which cannot be replaced: name another"
+    there = {p.name for p in folder.iterdir()}
+    if strange := sorted(there - {*FILES, 'sparsity.json'}): return f"{folder} holds {', '.join(strange[:3])}, which save_sparse did not write: choose another folder, or move that away"
+    if not there or 'sparsity.json' in there and read_json(folder/'sparsity.json').get('format') == MARK: return ''
+    return f"{folder} was not written by save_sparse: choose another folder, or remove it"
+
+def identity(folder: Path) -> tuple[int, int] | None: # None: nothing is there
+    "Tells a folder from another that has taken its name."
+    with suppress(FileNotFoundError): return (found := folder.stat()).st_ino, found.st_ctime_ns
+    return None
+
 def check_target(folder: Path) -> None:
-    "FileExistsError when the folder holds something that `save_sparse` did not write."
-    if not folder.exists(): return
-    if not folder.is_dir(): raise FileExistsError(f"{folder} is a file: name a folder")
-    try: there = {p.name for p in folder.iterdir()} if not folder.samefile('.') else None
-    except FileNotFoundError: return check_target(folder)                       # another process replaces it just now
-    if there is None: raise FileExistsError(f"{str(folder)!r} is the folder you work in, which cannot be replaced: name another")
-    if strange := sorted(there - {*FILES, 'sparsity.json'}):
-        raise FileExistsError(f"{folder} holds {', '.join(strange[:3])}, which save_sparse did not write: "
-                              f"choose another folder, or move that away")
-    try: mine = not there or 'sparsity.json' in there and read_json(folder/'sparsity.json').get('format') == MARK
-    except (FileNotFoundError, ValueError) as e:
-        if isinstance(e, FileNotFoundError) or str(e).endswith(': missing'): return check_target(folder)
-        raise
-    if not mine: raise FileExistsError(f"{folder} was not written by save_sparse: choose another folder, or remove it")
+    "FileExistsError when the folder holds something that `save_sparse` did not write; looks again when another process has replaced it meanwhile."
+    while (seen := identity(folder)) is not None:
+        if folder.is_file(): raise FileExistsError(f"{folder} is a file: name a folder")
+        try: why: Any = foreign(folder)
+        except (FileNotFoundError, ValueError) as e: why = e
+        if identity(folder) != seen: continue
+        if isinstance(why, Exception): raise why
+        if why: raise FileExistsError(why)
+        return
 
 # %% ../nbs/api/41_formats.ipynb #5075cf5d
 @contextmanager
@@ -700,9 +708,10 @@ def put_in_place(part: Path, folder: Path) -> bool: # False when another process
     with suppress(FileNotFoundError): folder.rename(old)
     try: part.rename(folder)
     except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):             # another model has come since, and may have gone again
+            shutil.rmtree(old, ignore_errors=True)
+            return False
         if not folder.exists() and old.exists(): old.rename(folder)
-        elif e.errno in (errno.ENOTEMPTY, errno.EEXIST): shutil.rmtree(old, ignore_errors=True)
-        if folder.exists() and e.errno in (errno.ENOTEMPTY, errno.EEXIST): return False
         raise
     shutil.rmtree(old, ignore_errors=True)
     return True

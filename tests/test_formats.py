@@ -1,6 +1,7 @@
 "Saved models: bit-exact whatever the shape, dtype and memory; real models rebuilt; damaged, lying and hostile folders."
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -699,6 +700,21 @@ def test_a_folder_that_reappears_is_replaced(tmp_path, monkeypatch):
     with torch.no_grad(): next(model.parameters()).fill_(7.)
     save_sparse(model, folder)
     assert len(late) == 3 and [p.name for p in tmp_path.iterdir()] == ['m']
+    assert_same(load_sparse(folder, other(model)), model)
+
+
+def test_a_place_that_was_taken_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    "Another process puts its model there and a third takes it away, all between two renames."
+    model, folder = pair()[0], tmp_path/'m'
+    rename, refused = Path.rename, []
+    def slow(self, to):
+        if to.name == 'm' and len(refused) < 2:
+            refused.append(self)
+            raise OSError(errno.ENOTEMPTY, 'Directory not empty')
+        return rename(self, to)
+    monkeypatch.setattr(Path, 'rename', slow)
+    for _ in range(2): save_sparse(model, folder)
+    assert len(refused) == 2 and [p.name for p in tmp_path.iterdir()] == ['m']
     assert_same(load_sparse(folder, other(model)), model)
 
 
