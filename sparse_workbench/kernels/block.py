@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'block_kernel', 'few_kernel', 'by_column', 'block_forward', 'block_grad_x', 'block_grad_values', 'ranked',
-           'stamp', 'plan', 'aligned', 'few_forward', 'trusted', 'trial', 'close', 'general_agrees', 'few_agrees',
+           'stamp', 'plan', 'aligned', 'few_forward', 'tried', 'trusted', 'trial', 'close', 'agrees', 'few_agrees',
            'few_takes']
 
 # %% ../../nbs/api/32_block.ipynb #799a6817
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,8 +123,8 @@ def block_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor]
 # %% ../../nbs/api/32_block.ipynb #984d3dc8
 SIZES = (16, 32, 64, 128, 256)  # of a block, along each axis; 128 × 256 entries at most
 
-block_kernel = Kernel('block triton', 'block', block_forward, block_grad_x, block_grad_values, 'cuda',
-                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15 and (not values.is_cuda or trusted('block triton', values, general_agrees)),
+block_kernel: Kernel = Kernel('block triton', 'block', block_forward, block_grad_x, block_grad_values, 'cuda',
+                      (torch.float16, torch.bfloat16, torch.float32), takes=lambda values: {*values.shape[1:]} <= {*SIZES} and values.shape[1:].numel() <= 2**15 and (not values.is_cuda or trusted('block triton', values, partial(agrees, block_kernel))),
                       asks='blocks with sides of 16, 32, 64, 128 or 256, and 32,768 entries at most')
 register(block_kernel)
 
@@ -188,22 +189,29 @@ def few_forward(x: Tensor, values: Tensor, index: list[Tensor], shape: tuple[int
 # %% ../../nbs/api/32_block.ipynb #aadce82c
 _TRUSTED: dict[tuple, bool] = {}
 
+def tried(what: str, # in words
+          key: tuple, # one trial for each
+          device: torch.device,
+          agrees: Callable[[], bool],
+          instead: str = 'another takes its place') -> bool:
+    "Did a trial on this device succeed? Made once, but not while a graph is captured; a warning names what failed."
+    if key not in _TRUSTED:
+        if device.type == 'cuda' and torch.cuda.is_current_stream_capturing(): return False
+        try:
+            with torch.autocast(device.type, enabled=False): problem = None if agrees() else 'it gives wrong numbers'
+        except torch.OutOfMemoryError: return False                  # there may be memory the next time
+        except Exception as e: problem = f'{type(e).__name__}: {e}'.splitlines()[0] # whatever a compiler or a driver says
+        if problem: warnings.warn(f"{what} is left out on {device}: {problem}; {instead}", stacklevel=3)
+        _TRUSTED[key] = problem is None
+    return _TRUSTED[key]
+
 def trusted(name: str, # of the kernel
             values: Tensor, # they tell device, type and block
             agrees: Callable[[torch.device, torch.dtype, int, int], bool]) -> bool:
-    "Was this kernel tested for such blocks on this device? Tests it, except while a graph is captured."
-    r, c = values.shape[1:]
-    key = (name, values.device, values.dtype, r, c)
-    if key not in _TRUSTED:
-        if values.is_cuda and torch.cuda.is_current_stream_capturing(): return False
-        if isinstance(values, FakeTensor): return False              # nothing to test with; asked again with numbers
-        try:
-            with torch.autocast(values.device.type, enabled=False): problem = None if agrees(values.device, values.dtype, r, c) else 'it gives wrong numbers'
-        except torch.OutOfMemoryError: return False                  # there may be memory the next time
-        except Exception as e: problem = f'{type(e).__name__}: {e}'.splitlines()[0] # whatever a compiler or a driver says
-        if problem: warnings.warn(f"the kernel {name!r} for {r}x{c} blocks is left out on {values.device}: {problem}; another takes its place", stacklevel=2)
-        _TRUSTED[key] = problem is None
-    return _TRUSTED[key]
+    "Was this kernel tested for such blocks on this device?"
+    kind = values.device, values.dtype, *values.shape[1:]
+    if (name, *kind) not in _TRUSTED and isinstance(values, FakeTensor): return False      # nothing to test with; asked again with numbers
+    return tried(f"the kernel {name!r} for {'x'.join(map(str, kind[2:]))} blocks", (name, *kind), values.device, lambda: agrees(*kind))
 
 # %% ../../nbs/api/32_block.ipynb #34f04021
 def trial(device: torch.device, dtype: torch.dtype, r: int, c: int, tokens: int) -> tuple: # x, dy, bias, (values, index, shape), and the twin
@@ -218,12 +226,11 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 2**-6 * b.abs().max())
 
 # %% ../../nbs/api/32_block.ipynb #7c34834e
-def general_agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:
-    "Do the three products equal the twin's on a small problem?"
-    x, dy, bias, (values, index, shape), twin = trial(device, dtype, r, c, 37)
-    return (close(block_forward(x, values, index, shape, bias), twin.forward(x, values, index, shape, bias))
-            and close(block_grad_x(dy, values, index, shape), twin.grad_x(dy, values, index, shape))
-            and close(block_grad_values(dy, x, values, index, shape), twin.grad_values(dy, x, values, index, shape)))
+def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:
+    "Do the three products of a kernel for blocks equal the twin's on a small problem?"
+    x, dy, bias, exact, twin = trial(device, dtype, r, c, 77)
+    return (close(kernel.forward(x, *exact, bias), twin.forward(x, *exact, bias)) and close(kernel.grad_x(dy, *exact), twin.grad_x(dy, *exact))
+            and close(kernel.grad_values(dy, x, *exact), twin.grad_values(dy, x, *exact)))
 
 # %% ../../nbs/api/32_block.ipynb #9596c7c8
 def few_agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:

@@ -7,18 +7,19 @@ __all__ = ['TYPES', 'BY_COLUMNS', 'BY_ROWS', 'SUMS_IN_32_BITS', 'BIAS', 'ALGORIT
            'handle', 'turned', 'described', 'released', 'Plan', 'search', 'fastest', 'planned', 'multiply', 'agrees',
            'works']
 
-# %% ../../nbs/api/35_cusparselt.ipynb #64fad184
+# %% ../../nbs/api/35_cusparselt.ipynb #1c026539
 import ctypes
 import functools
 import sys
-import warnings
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# %% ../../nbs/api/35_cusparselt.ipynb #81d9d85d
+from .block import tried
+
+# %% ../../nbs/api/35_cusparselt.ipynb #2032cd14
 @functools.cache
 def library() -> Any: # None: not there, or too old
     "The cuSPARSELt that PyTorch has loaded."
@@ -34,7 +35,7 @@ def call(name: str, *arguments: Any) -> None:
         words.restype = ctypes.c_char_p
         raise RuntimeError(f"cuSPARSELt cannot do {name}: {(words(code) or b'unknown').decode()} (error {code})")
 
-# %% ../../nbs/api/35_cusparselt.ipynb #806dce7c
+# %% ../../nbs/api/35_cusparselt.ipynb #1bc07804
 def room() -> Any: # an array of bytes
     "Memory for one of the library's structures, from a multiple of 64 bytes on."
     size = 1 << 14
@@ -47,7 +48,7 @@ def handle(device: int | None) -> Any:
     call('Init', found := room())
     return found
 
-# %% ../../nbs/api/35_cusparselt.ipynb #0a062a2f
+# %% ../../nbs/api/35_cusparselt.ipynb #ccb5a375
 TYPES, BY_COLUMNS, BY_ROWS, SUMS_IN_32_BITS, BIAS = {torch.float16: 2, torch.bfloat16: 14}, 1, 2, 2, 8   # cudaDataType, cusparseOrder_t, cusparseComputeType, its attribute
 
 def turned(dtype: torch.dtype) -> bool:
@@ -65,7 +66,7 @@ def described(h: Any, shape: tuple[int, int], tokens: int, dtype: torch.dtype, b
     if bias: call('MatmulDescSetAttribute', h, product, BIAS, ctypes.byref(ctypes.c_void_p(bias)), ctypes.c_size_t(8))
     return [product, a, b, d]
 
-# %% ../../nbs/api/35_cusparselt.ipynb #d19ff50f
+# %% ../../nbs/api/35_cusparselt.ipynb #ed6711d6
 ALGORITHM = (0, 3, 4, 5)  # attributes: number, how often `in` is split, in which way, into how many buffers
 ONE, ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
@@ -93,7 +94,7 @@ class Plan:
         w, a, b, s = (ctypes.c_void_p(t.data_ptr()) for t in (weight, x, y, space))
         call(what, self.h, self.plan, ctypes.byref(ONE), w, a, ctypes.byref(ZERO), b, b, s, ctypes.byref(stream), 1)
 
-# %% ../../nbs/api/35_cusparselt.ipynb #d7d78ede
+# %% ../../nbs/api/35_cusparselt.ipynb #1be0a41d
 _FOUND: dict[tuple, dict[int, int]] = {}
 
 def search(plan: Plan, weight: Tensor, x: Tensor, y: Tensor) -> dict[int, int]: # attribute -> value, for `Plan`
@@ -111,7 +112,7 @@ def fastest(weight: Tensor, x: Tensor, y: Tensor, shape: tuple[int, int], bias: 
         _FOUND[key] = search(Plan(x.device.index, shape, len(x), x.dtype, bias, {}), weight, x, y)
     return _FOUND[key]
 
-# %% ../../nbs/api/35_cusparselt.ipynb #9d490d78
+# %% ../../nbs/api/35_cusparselt.ipynb #b0aff37a
 @functools.lru_cache(1024)
 def planned(device: int | None, shape: tuple[int, int], tokens: int, dtype: torch.dtype, bias: int, algorithm: tuple) -> Plan:
     "The plan of a product, made when it is asked for the first time."
@@ -129,9 +130,10 @@ def multiply(weight: Tensor, # as torch._cslt_compress makes it
         planned(x.device.index, shape, len(x), x.dtype, at, best)(weight, x, y)
     return y.t().contiguous() if turned(x.dtype) else y
 
-# %% ../../nbs/api/35_cusparselt.ipynb #fd743cdd
+# %% ../../nbs/api/35_cusparselt.ipynb #425c043e
 def agrees(device: torch.device) -> bool:
     "Does a small product equal the dense one, with and without a bias?"
+    if library() is None: raise OSError("there is no cuSPARSELt from version 0.8 on")
     g = torch.Generator(device).manual_seed(0)
     w, x, bias = (torch.randn(*s, device=device, generator=g).bfloat16() for s in ((128, 256), (48, 256), (128,)))
     w.view(128, 64, 4)[..., ::2] = 0
@@ -141,16 +143,6 @@ def agrees(device: torch.device) -> bool:
         if not (multiply(packed, x, (128, 256), b).float() - right).abs().max() <= 2**-6 * right.abs().max(): return False
     return True
 
-_WORKS: dict[torch.device, bool] = {}
-
 def works(device: torch.device) -> bool:
-    "Can plans be used on this device? Tries once, except while a graph is captured."
-    if device not in _WORKS:
-        if library() is None: problem: str | None = 'no cuSPARSELt from version 0.8 on'
-        elif torch.cuda.is_current_stream_capturing(): return False
-        else:
-            try: problem = None if agrees(device) else 'it gives wrong numbers'
-            except (RuntimeError, AttributeError) as e: problem = str(e).splitlines()[0]
-        if problem: warnings.warn(f"2:4 products on {device} are planned anew at every call, which costs half a millisecond: {problem}", stacklevel=2)
-        _WORKS[device] = problem is None
-    return _WORKS[device]
+    "Can plans be kept on this device? Tried once, except while a graph is captured."
+    return tried('a plan of cuSPARSELt', ('cuSPARSELt', device), device, functools.partial(agrees, device), '2:4 products are planned anew at every call, which costs a third of a millisecond')

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'BLOCKS', 'CACHED', 'ACTIVATE', 'hopper_kernel', 'outer_tile', 'gated_tile', 'tile', 'settings', 'layout',
            'wgmma', 'built', 'kernel', 'row_lists', 'column_lists', 'tiles_before', 'bands', 'work', 'multiprocessors',
-           'agrees_wide', 'goes_wide', 'launch', 'hopper_forward', 'hopper_grad_x', 'hopper_grad_values', 'agrees',
-           'takes']
+           'agrees_wide', 'goes_wide', 'launch', 'hopper_forward', 'hopper_grad_x', 'hopper_grad_values', 'takes']
 
 # %% ../../nbs/api/37_hopper.ipynb #456a647a
 import functools
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .block import aligned, by_column, close, plan, ranked, trial, trusted
+from .block import agrees, aligned, by_column, close, plan, ranked, trial, trusted
 from .linear import Kernel, register
 
 # %% ../../nbs/api/37_hopper.ipynb #d61fc2f4
@@ -196,19 +195,11 @@ def hopper_grad_values(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor
     return grad
 
 # %% ../../nbs/api/37_hopper.ipynb #5dbdb9b7
-def agrees(device: torch.device, dtype: torch.dtype, r: int, c: int) -> bool:
-    "Do the three products equal the twin's on a small problem?"
-    x, dy, _, (values, index, shape), twin = trial(device, dtype, r, c, 77)
-    return (close(hopper_forward(x, values, index, shape, None), twin.forward(x, values, index, shape, None))
-            and close(hopper_grad_x(dy, values, index, shape), twin.grad_x(dy, values, index, shape))
-            and close(hopper_grad_values(dy, x, values, index, shape), twin.grad_values(dy, x, values, index, shape)))
-
-# %% ../../nbs/api/37_hopper.ipynb #da8531c1
 def takes(values: Tensor) -> bool:
     "Blocks of 64, 128 or 256 by 64 or 128, on a chip with wgmma."
     r, c = values.shape[1:]
     fits = (r, c) in BLOCKS and values.numel() // c < 2**31 and torch.cuda.get_device_capability(values.device) == (9, 0)
-    return fits and trusted('block hopper', values, agrees)
+    return fits and trusted('block hopper', values, functools.partial(agrees, hopper_kernel))
 
 hopper_kernel = Kernel('block hopper', 'block', hopper_forward, hopper_grad_x, hopper_grad_values, 'cuda', (torch.float16, torch.bfloat16), least=128, takes=takes)
 register(hopper_kernel)
