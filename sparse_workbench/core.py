@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WRAPPERS', 'HEADS', 'shard_start', 'local', 'Site', 'whole_shape', 'first_row', 'stat', 'slabs', 'check_finite',
            'bits', 'masked', 'masked_', 'expert', 'in_rows', 'prunable', 'matches', 'inside', 'check_module',
-           'unwrapped', 'bare_names', 'submodule', 'output_head', 'Sites', 'candidates', 'packed_modules', 'own',
-           'flattened', 'check_own', 'named_weights', 'tied_groups', 'why_dense', 'sites', 'explain', 'zeros', 'Report',
-           'report', 'report_lines', 'some_of', 'report_foot', 'report_text', 'report_html']
+           'unwrapped', 'bare_names', 'submodule', 'entry_names', 'hooked', 'output_head', 'Sites', 'candidates',
+           'packed_modules', 'own', 'flattened', 'check_own', 'named_weights', 'tied_groups', 'why_dense', 'sites',
+           'explain', 'zeros', 'Report', 'report', 'report_lines', 'some_of', 'report_foot', 'report_text',
+           'report_html']
 
 # %% ../nbs/api/00_core.ipynb #fa54909a
 import re
@@ -190,6 +191,19 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     model = unwrapped(model)
     for part in filter(None, name.split('.')): model = unwrapped(getattr(model, part))
     return model
+
+def entry_names(model: nn.Module) -> Callable[[str], str]: # of a parameter, a buffer or a key of the state dict
+    "What an entry of the model is called in the bare model."
+    names = bare_names(model)
+    names |= {n.replace(f'{WRAPPERS["ActivationWrapper"]}.', ''): b for n, b in names.items()}       # activation checkpoints do not show in a state dict
+    def bare(name: str) -> str:
+        above, _, last = name.rpartition('.')
+        return f'{names.get(above, above)}.{last}'.lstrip('.')
+    return bare
+
+def hooked(m: nn.Module) -> bool:
+    "Does a module have hooks, or a forward of its own? Who does its work without calling it would run neither."
+    return 'forward' in m.__dict__ or any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
 
 # %% ../nbs/api/00_core.ipynb #f322946f
 HEADS = ('lm_head', 'embed_out', 'head', 'head.fc', 'classifier', 'score')

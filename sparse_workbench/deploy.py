@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import Site, Sites, own, sites as find_sites, submodule, unwrapped
-from .formats import dense_sites, exchange, hooked, packed_layers, packed_linear, wrapped_alone
+from .core import Site, Sites, hooked, own, sites as find_sites, submodule, unwrapped
+from .formats import dense_sites, exchange, packed_layers, packed_linear, wrapped_alone
 from .kernels import linear, mlp
 from .kernels.linear import Packed, SparseLinear, choose, pack
 from .kernels.mlp import SparseMLP

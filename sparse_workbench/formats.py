@@ -16,8 +16,8 @@ __all__ = ['CHUNK', 'INTS', 'PIECE', 'LOWS', 'SIDES', 'GROUPS', 'SPARSE', 'FORMA
            'fingerprint', 'seal', 'package_version', 'save_sparse', 'read_json', 'take', 'check_layout', 'check_entry',
            'manifest', 'check_files', 'count_ones', 'check_part', 'check_bits', 'mapped', 'check_gaps', 'check_numbers',
            'check_parts', 'payloads', 'check_fit', 'fill', 'clean', 'builder', 'retyped', 'generation', 'Blank',
-           'rebuilt', 'packed_linear', 'exchange', 'kernel_format', 'hooked', 'wrapped_alone', 'with_kernels',
-           'load_sparse', 'dense_sites', 'masks_from_zeros', 'from_torch_prune']
+           'rebuilt', 'packed_linear', 'exchange', 'kernel_format', 'wrapped_alone', 'with_kernels', 'load_sparse',
+           'dense_sites', 'masks_from_zeros', 'from_torch_prune']
 
 # %% ../nbs/api/41_formats.ipynb #a8835b07
 import errno
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .core import WRAPPERS, Report, Site, Sites, bare_names, candidates, inside, named_weights, output_head, packed_modules, sites as find_sites, submodule, unwrapped
+from .core import Report, Site, Sites, candidates, entry_names, hooked, inside, named_weights, output_head, packed_modules, sites as find_sites, submodule, unwrapped
 from .kernels.linear import SparseLinear, choose, pack as pack_weight, unpack as unpack_weight
 
 # %% ../nbs/api/41_formats.ipynb #4b01e8ac
@@ -536,12 +536,10 @@ def layout(model: nn.Module, name: str) -> str: # '' for a plain weight
 def state(model: nn.Module) -> Iterator[tuple[str, Any, bool]]: # name, tensor, does the model hold it?
     "The state dict, with the dense weight of every packed layer in the place of its parts."
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
-    layers, names = packed_layers(model), bare_names(model)
-    names |= {n.replace(f'{WRAPPERS["ActivationWrapper"]}.', ''): b for n, b in names.items()}       # activation checkpoints do not show in a state dict
+    layers, bare = packed_layers(model), entry_names(model)
     parts = {f'{n.removesuffix("weight")}{p}': n for n, m in layers.items() for p in m.names}
     for key, t in model.state_dict(keep_vars=True).items():
-        above, _, last = key.rpartition('.')
-        name = f'{names.get(above, above)}.{last}'.lstrip('.')
+        name = bare(key)
         if name not in parts: yield name, t, id(t) in own
         elif name.endswith('values'): yield parts[name], plain_weight(layers[parts[name]]), True
 
@@ -1079,10 +1077,6 @@ def kernel_format(e: dict[str, Any], turned: bool) -> tuple[str, tuple[int, int]
     return ('bitmask', None) if e['format'] == 'bitmask' else None
 
 # %% ../nbs/api/41_formats.ipynb #87d0406b
-def hooked(m: nn.Module) -> bool:
-    "Does a layer have hooks, or a forward of its own? A packed one in its place would run neither."
-    return 'forward' in vars(m) or any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
-
 def wrapped_alone(model: nn.Module, layer: nn.Module) -> str: # '' when no wrapper is around the layer itself
     "The wrapper of torch that holds a layer: it goes on calling the layer that it was made of."
     return next((type(m).__name__ for m in model.modules() if (n := inside(m)) and getattr(m, n) is layer), '')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Row', 'shuffle', 'order', 'shuffled', 'row', 'measured', 'sparsities', 'series', 'patience', 'whole', 'part',
            'whole_site', 'part_site', 'whole_state', 'load_whole_state', 'write_state', 'write_checkpoint',
-           'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'bare', 'bare_name',
-           'named_state', 'group_names', 'state_of', 'check_state', 'restore', 'check_length', 'check_schedule',
-           'check_run', 'check_parts', 'train_step', 'resumed', 'measurements', 'save', 'fit']
+           'read_checkpoint', 'ranks', 'every_rank', 'random_state', 'set_random_state', 'Run', 'named_state',
+           'group_names', 'state_of', 'check_state', 'restore', 'check_length', 'check_schedule', 'check_run',
+           'check_parts', 'train_step', 'resumed', 'measurements', 'save', 'fit']
 
 # %% ../nbs/api/52_loop.ipynb #11c010ca
 import functools
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .core import entry_names
 from .sparsifier import Sparsifier
 from .stats import evaluating
 
@@ -225,24 +226,16 @@ class Run(NamedTuple):
     batches: Any = None
 
 # %% ../nbs/api/52_loop.ipynb #1bc7c8b8
-def bare(model: nn.Module) -> nn.Module:
-    "The model without DistributedDataParallel and torch.compile around it."
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, '_orig_mod'):
-        model = getattr(model, '_orig_mod', None) or model.module # type: ignore[assignment]
-    return model
-
-def bare_name(name: str) -> str:
-    "The name of an entry without what torch.compile and activation checkpoints add around blocks."
-    return name.replace('_orig_mod.', '').replace('_checkpoint_wrapped_module.', '')
-
 def named_state(model: nn.Module) -> dict[str, Any]:
-    "The state of the bare model, by the names that it has where nothing is compiled."
-    return {bare_name(k): v for k, v in bare(model).state_dict().items()}
+    "The state of a model by the names that it has where nothing is wrapped or compiled."
+    bare = entry_names(model)
+    return {bare(k): v for k, v in model.state_dict().items()}
 
 # %% ../nbs/api/52_loop.ipynb #707e5bb5
 def group_names(run: Run) -> list[list[str]]: # '' for a parameter that the model does not have
     "What the optimizer's parameters are called, group by group."
-    names = {id(p): bare_name(n) for n, p in bare(run.model).named_parameters()}
+    bare = entry_names(run.model)
+    names = {id(p): bare(n) for n, p in run.model.named_parameters()}
     return [[names.get(id(p), '') for p in g['params']] for g in run.optimizer.param_groups]
 
 # %% ../nbs/api/52_loop.ipynb #9e27e163
@@ -272,9 +265,8 @@ def check_state(run: Run, state: dict[str, Any], steps: int) -> None:
 def restore(run: Run, state: dict[str, Any]) -> None:
     "Undo `state_of`."
     if run.sparsifier is not None: load_whole_state(run.sparsifier, state['sparsifier'])
-    model, params = bare(run.model), [p for g in run.optimizer.param_groups for p in g['params']]
-    now = model.state_dict()
-    model.load_state_dict({k: part(state['model'][bare_name(k)], v) for k, v in now.items()})
+    bare, params = entry_names(run.model), [p for g in run.optimizer.param_groups for p in g['params']]
+    run.model.load_state_dict({k: part(state['model'][bare(k)], v) for k, v in run.model.state_dict().items()})
     moments = {i: {k: part(v, params[i]) for k, v in d.items()} for i, d in state['optimizer']['state'].items()}
     run.optimizer.load_state_dict({**state['optimizer'], 'state': moments})
     if run.scheduler is not None: run.scheduler.load_state_dict(state['scheduler'])

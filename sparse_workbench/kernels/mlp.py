@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..core import hooked
 from . import hopper
 from .block import aligned, close, plan, ranked, stamp, trial, trusted
 from .hopper import ACTIVATE
@@ -110,8 +111,7 @@ def sparse_up(x: Tensor, # (..., in)
 # %% ../../nbs/api/38_mlp.ipynb #537561ca
 def only_multiplies(layer: SparseLinear) -> bool:
     "Would a call of this layer do nothing beside its product?"
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer).forward is SparseLinear.forward and 'forward' not in layer.__dict__ and not any(hooks)
+    return type(layer).forward is SparseLinear.forward and not hooked(layer)
 
 # %% ../../nbs/api/38_mlp.ipynb #308ed81f
 class SparseMLP(nn.Module):
