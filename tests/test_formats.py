@@ -160,6 +160,7 @@ def bits_of_places(x, e):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_files_are_as_small_as_their_content(tmp_path, dtype):
     "The whole file, header included, beside the values and the logarithm of the ways to place them."
+    torch.manual_seed(0) # at 50 % bitmask and csr are of one size, but for chance
     for how, sparsity, kind in (('2:4', .5, 'nm'), ('1:4', .75, 'nm'), ('4:8', .5, 'nm'), ('block32', .9, 'block'), ('block16x64', .5, 'block'), ('row', .7, 'block'),
                                 ('unstructured', .5, 'bitmask'), ('unstructured', .7, 'csr'), ('unstructured', .9, 'csr'), ('unstructured', .95, 'csr'), ('unstructured', .99, 'csr')):
         x = torch.randn(1024, 1536).clamp(.5).to(dtype)
